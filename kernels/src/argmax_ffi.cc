@@ -11,7 +11,7 @@
 namespace precast {
 namespace {
 
-// Rows from `used` on are not read; their results are 0.
+// Rows with an index of `used` or above are padding: they are not read, and their results are 0.
 ffi::Error Argmax(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, int64_t used, ffi::ResultBufferR1<ffi::S32> y) {
   const int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
   if (y->dimensions()[0] != rows || width < 1 || width > std::numeric_limits<int32_t>::max())

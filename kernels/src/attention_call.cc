@@ -9,17 +9,17 @@
 namespace precast {
 namespace {
 
-// Query rows (tokens times group) of a task; they share one prepared tile of keys.
+// Query rows (tokens times group) of a task, which share one prepared tile of keys.
 constexpr int64_t kAttentionRows = 48;
-// Below these amounts of work, about a microsecond of one thread, splitting costs more time than it saves. The units:
-// appended numbers; numbers in the queries, times positions; merged numbers.
+// Below these amounts of work, about a microsecond of one thread, splitting costs more time than it saves. The units
+// are numbers to append, numbers in the queries times positions, and numbers to merge.
 constexpr int64_t kAloneAppend = 4 * 1024;
 constexpr int64_t kAloneAttend = 16 * 1024;
 constexpr int64_t kAloneMerge = 16 * 1024;
 
 // The work of a sequence. For each key/value head, its tokens are split into `blocks` blocks of `block` tokens. If
 // there is only one block, as in a decode step, its positions are split into `spans` spans of a tile each, because one
-// block per head is too little to share among many threads. `first` is the first position that the sequence sees.
+// block per head is too little work for many threads. `first` is the first position that the sequence sees.
 struct Sequence {
   int64_t r, slot, start, length;
   int64_t block, blocks = 0;
@@ -87,7 +87,7 @@ void Append(const AttentionCall& c, const Ops& ops, const Sequence& s, int64_t k
 }
 
 // Run one task: a block of tokens of one key/value head against all positions that they see, or against one span of
-// them. Write the answers of a sequence with one span at once.
+// these positions. Write the answers immediately if the sequence has only one span.
 void AttendTask(const AttentionCall& c, const Ops& ops, const Sequence& s, int64_t task, float* partials) {
   const AttentionShape& d = c.d;
   const int64_t group = d.N / d.K, unit = task / s.spans, span = task % s.spans, k = unit % d.K;

@@ -40,12 +40,12 @@ struct AttentionCall {
   float scale = 0.0f, soft_cap = 0.0f;
   int64_t window = 0;
 
-  // The cache row of place 0; position p is at place p mod S.
+  // The index of the cache row for place 0; position p is at place p mod S.
   int64_t CacheRow(int64_t slot, int64_t k) const { return ((layer * d.B + slot) * d.K + k) * d.S; }
 };
 
-// Return the reason why a call cannot run, or "" if it can. The reason is a sequence outside the cache, two sequences
-// in one slot, or a ring buffer too short for the window of the call's tokens.
+// Return the reason why a call cannot run, or "" if it can. The reason is a layer or a sequence outside the cache, two
+// sequences in one slot, a ring buffer too short for the window of the call's tokens, or an invalid window or cap.
 std::string CheckAttention(const AttentionCall& call);
 
 // Append keys and values to the cache, and attend; rows of `out` beyond a sequence's length become zero.

@@ -1,4 +1,4 @@
-// The choice of the instruction set: the widest that this CPU runs, unless another is forced.
+// The choice of the instruction set: the forced one or, by default, the widest that this CPU supports.
 #include <atomic>
 #include <cstring>
 

@@ -1,5 +1,5 @@
-// A mixture runs expert by expert, in ascending order, each with all the rows that chose it. Other rows of the call
-// change no bit of a row's sum.
+// Runs the experts of a mixture in ascending order, each on all the rows that chose it. The bits of a row's sum
+// therefore do not depend on the other rows of the call.
 #include "experts_call.h"
 
 #include <algorithm>
@@ -48,7 +48,7 @@ void Softmax(const float* scores, int64_t n, float* p) {
 }
 
 // Fill one column of `shares`. The first of equal scores wins; if all are NaN, the first `chosen` experts win.
-// `scratch` holds 2 * experts floats.
+// `scratch` has room for 2 * experts floats.
 void Choose(const ExpertsCall& c, int64_t row, float* scratch, float* shares) {
   float *all = scratch, *kept = scratch + c.experts;
   Softmax(c.scores + row * c.experts, c.experts, all);

@@ -1,5 +1,5 @@
-// The handlers that XLA calls. A handler with other arguments needs a new name (…V2). Removing a handler requires a new
-// ABI version, because artifacts of the present version may call it.
+// The handlers that XLA calls. A handler whose arguments change needs a new name (…V2). Removing a handler requires a
+// new ABI version, because artifacts of the current version may call it.
 #pragma once
 
 #include "xla/ffi/api/c_api.h"

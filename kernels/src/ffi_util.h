@@ -42,7 +42,7 @@ inline std::string Shape(ffi::AnyBuffer::Dimensions dims) {
   return text + "]";
 }
 
-// The name NumPy has for a type.
+// NumPy's name for a type.
 inline std::string TypeName(ffi::DataType type) {
   switch (type) {
     case ffi::F64: return "float64";

@@ -1,5 +1,5 @@
 // Macros that permit further instruction sets in a part of a file: PRECAST_BEGIN_TARGET("avx2,fma") …
-// PRECAST_END_TARGET. The includes of other headers come before this part, so that their code runs on any CPU.
+// PRECAST_END_TARGET. Other headers must be included before this part, so that their code runs on any CPU.
 #pragma once
 
 #include <cmath>

@@ -52,7 +52,7 @@ struct AttentionStep {
 };
 
 struct Step {
-  std::vector<int64_t> inputs;  // values; the residual comes last and may be -1 for none
+  std::vector<int64_t> inputs;  // indices of values; the residual is last, -1 for none
   size_t first_result;
   std::variant<LinearStep, AttentionStep, NormStep, ExpertsStep> call;
 };
@@ -81,10 +81,10 @@ struct Program {
   std::vector<LayerPlace> layers;
 };
 
-// Return a call of attention on the cache of a group; leave its layer, queries, keys and values unset.
+// Return a call of attention on the cache of a group, without its layer, queries, keys, values and output.
 AttentionCall AttentionWith(const AttentionCall& base, const CacheGroup& group, const AttentionStep& step);
 
-// Take x [all_rows, width] through all layers. Rows from `p.rows` on are padding and become zero.
+// Run x [all_rows, width] through all layers. The rows after the first `p.rows` are padding, and become zero in y.
 void RunLayers(Team& team, Program& p, int64_t all_rows, const float* x, float* y);
 
 }  // namespace precast

@@ -4,7 +4,7 @@
 //
 // Operands: x, the number of true rows, cos and sin of Z rotary tables; for each distinct window, in ascending order,
 // the caches of its layers; slots, starts, lengths; the operands of the steps. The attributes `windows` and `ropes`
-// give the window and the rotary table of each layer.
+// state the window and the rotary table of each layer.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -20,7 +20,7 @@ using Scalar = ffi::BufferR0<ffi::S32>;
 using Floats2 = ffi::BufferR2<ffi::F32>;
 using Floats4 = ffi::BufferR4<ffi::F32>;
 
-// Limit on the sum of the sizes of all values: more than memory holds, and small enough that no product overflows.
+// Limit on the sum of the sizes of all values: more than fits into memory, and so small that no product overflows.
 constexpr int64_t kMostNumbers = int64_t{1} << 42;
 
 // The distinct windows in ascending order; each has a cache.
@@ -69,7 +69,7 @@ ffi::Error CheckRows(const Floats2& x, const Floats2& y, const Floats4& cos, con
   return ffi::Error::Success();
 }
 
-// Take the caches of one group: the next `count` operands, and the results from `first` on.
+// Take the caches of one group: the next `count` operands, and `count` results, beginning with result `first`.
 ffi::Error TakeGroup(Operands& operands, const ffi::RemainingRets& results, size_t first, size_t count, Integers heads,
                      CacheGroup& group) {
   AttentionOperands taken;

@@ -23,7 +23,7 @@ struct StepCodes {
 
 class Parser {
  public:
-  // `program` has its rows, the layer's input, attention, groups and layers.
+  // In `program`, the rows, the value of the layer's input, attention, groups and layers are already set.
   Parser(const StepCodes& codes, Operands& operands, Program& program)
       : codes_(codes), operands_(operands), program_(program) {}
 
@@ -63,7 +63,7 @@ class Parser {
   bool KnownOrNone(int64_t value) { return value == -1 || Known(value); }
   bool FitsOrNone(int64_t residual, int64_t width) const { return residual == -1 || Width(residual) == width; }
   int64_t Width(int64_t value) const { return program_.values[static_cast<size_t>(value)].width; }
-  // The last entry of a stack with an entry for each layer.
+  // The index of the last entry in a stack that has an entry for each layer.
   int64_t last_layer() const { return static_cast<int64_t>(program_.layers.size()) - 1; }
 
   template <typename Call>

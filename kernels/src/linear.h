@@ -16,8 +16,8 @@ enum class Format { kFloat32, kBfloat16, kInt8, kInt4, kBlocks };
 
 // The weights of one layer. Float formats: values [outs, in]. Packed formats, with P = outs / kPanel and I = in, both
 // rounded up and padded with zeros: int8 values [P, I / 2, kPanel, 2]; int4 values [P, I / 8, kPanel, 4], where the low
-// nibbles hold the first four of eight inputs; scale and minimum [P, I / kGroup, kPanel] in half precision. Symmetric
-// int4 weights have no minimum: it is -8 times the scale. Block formats: one record for each panel.
+// nibbles store the first four of eight inputs; scale and minimum [P, I / kGroup, kPanel] in half precision. Symmetric
+// int4 weights store no minimum; their minimum is -8 times the scale. Block formats: one record for each panel.
 struct Weight {
   Format format;
   const BlockFormat* blocks = nullptr;  // for kBlocks, else null
@@ -27,14 +27,15 @@ struct Weight {
   int64_t outs;
 
   bool IsPacked() const { return format != Format::kFloat32 && format != Format::kBfloat16; }
-  // True if the weights have 8 bits, and their activations 16.
+  // True if the weights have 8 bits; their activations then have 16 bits.
   bool IsWide() const { return format == Format::kInt8 || (format == Format::kBlocks && blocks->bits == 8); }
-  // True if each half of a group has a scale of its own.
+  // True if each half of a group has its own scale.
   bool HasHalfScales() const { return format == Format::kBlocks && blocks->scales == Scales::kSuperOf16; }
 };
 
-// Quantised activations; arrays that no weight of the call needs are null. 8-bit weights take 16 bits with one scale
-// per row, narrower weights 8 bits with one scale per group, which halves the number of products.
+// Quantised activations; arrays that no weight of the call needs are null. With 8-bit weights, activations have 16 bits
+// and one scale per row. With narrower weights, they have 8 bits and one scale per group, which halves the number of
+// products.
 struct QuantizedRows {
   int16_t* q = nullptr;          // [rows, in_pad]
   float* scale = nullptr;        // [rows]

@@ -25,7 +25,7 @@ constexpr int64_t kResidualAhead = 12;
 // The largest second product, in floats, that fits the buffer on the stack.
 constexpr int64_t kStackFloats = 2048;
 
-// Normalise the activations if the call says so, and quantise them for packed weights.
+// Normalise the activations if the call has a norm, and quantise them if it has packed weights.
 LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearCall& c) {
   bool floats = false, wide = false, narrow = false, halves = false;
   for (const LinearPart& part : c.parts) {

@@ -83,7 +83,7 @@ float BlockElement(const Weight& w, int64_t o, int64_t k, int64_t in) {
   } else {
     const uint8_t byte = low[(k / 8 * kPanel + lane) * 4 + k % 4];
     const uint8_t* high = low + f.LowBytes(groups);
-    const int64_t width = f.bits - 4, quad = i / 4 * width;  // the first of the quad's high bits, among 8 of each byte
+    const int64_t width = f.bits - 4, quad = i / 4 * width;  // offset of the quad's high bits, in bits
     code = k % 8 < 4 ? byte & 15 : byte >> 4;
     if (width > 0)
       code |= (high[((g * width + quad / 8) * kPanel + lane) * 4 + k % 4] >> quad % 8 & ((1 << width) - 1)) << 4;

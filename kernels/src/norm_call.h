@@ -1,4 +1,4 @@
-// A checked call of RMSNorm or LayerNorm on pieces of rows, each piece by itself.
+// A checked call of RMSNorm or LayerNorm, which normalises each piece of a row separately.
 #pragma once
 
 #include <cstdint>

@@ -60,9 +60,9 @@ struct AttentionPartial {
 struct Ops {
   const char* name;
   LinearOps linear;
-  // Rotate and store; `scratch` holds H floats.
+  // Rotate the rows of `write` and store them in the cache; `scratch` has room for H floats.
   void (*store_rows)(const CacheWrite& write, float* scratch);
-  // Fill `partial` for the positions of the span that its tokens see, tile after tile; `scratch` holds
+  // Fill `partial` for the positions of the span that its tokens see, tile after tile; `scratch` has room for
   // AttentionScratch() floats.
   void (*attention)(const AttentionHead& head, AttentionSpan span, const AttentionPartial& partial, float* scratch);
   // Merge `spans` partials, each of `rows` queries, into the first, and write the answers. The partials are `stride`
@@ -73,14 +73,14 @@ struct Ops {
   int64_t (*argmax)(const float* x, int64_t n);
 };
 
-// Positions of a tile, which has a softmax of its own and begins at a multiple of kTile.
+// The number of positions in a tile. Each tile has its own softmax and begins at a multiple of kTile.
 constexpr int64_t kTile = 128;
 // Up to this many query rows read values in their stored type; for more rows, the values are widened first.
 constexpr int64_t kFewQueries = 8;
-// The most positions whose keys are transposed together.
+// The maximum number of positions whose keys are transposed together.
 constexpr int64_t kMostColumns = 64;
 
-// Floats for queries, scores, scales, transposed keys, widened values, and the softmax of a tile.
+// The number of floats for queries, scores, scales, transposed keys, widened values, and the softmax of a tile.
 constexpr int64_t AttentionScratch(int64_t rows, int64_t head_dim) {
   return rows * (2 * head_dim + kTile + 2) + kTile + (kMostColumns + kTile) * head_dim;
 }
@@ -91,7 +91,7 @@ const Ops& Avx2Ops();
 const Ops& Avx512Ops();
 #endif
 
-// The implementation in use: the widest that this CPU runs, or the forced one.
+// The implementation in use: the forced one or, by default, the widest that this CPU supports.
 const Ops& CurrentOps();
 // The implementation of this name; null if the name is unknown or this CPU lacks the instruction set.
 const Ops* FindOps(const char* name);

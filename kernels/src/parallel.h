@@ -1,5 +1,5 @@
-// Loops split over XLA's thread pool. The calling thread works too, so that a loop ends even if every pool thread is
-// busy. Starts no threads.
+// Loops split over XLA's thread pool; no other threads are started. The calling thread works too, so that a loop ends
+// even if every pool thread is busy.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +39,7 @@ class Team {
     }
     Begin(tasks, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
     Work(*state_, 0);
-    // Each helper runs at most one more task, which takes microseconds: less than a sleep and a wake-up.
+    // Spin, because each helper runs at most one more task. That takes microseconds, less than a sleep and a wake-up.
     for (int spins = 0; state_->done.load(std::memory_order_acquire) < tasks; ++spins) Pause(spins);
     if (state_->failed.exchange(false, std::memory_order_acquire)) std::rethrow_exception(std::move(state_->error));
   }

@@ -14,8 +14,8 @@ namespace {
 
 constexpr size_t kHugePage = 2 << 20;
 
-// Keep a large array in small pages. The positions of one slot and head take fewer bytes than a huge page, which would
-// therefore take memory for idle slots and empty positions too.
+// Keep a large array in small pages. A huge page is larger than all positions of one slot and head, so it would also
+// take memory for idle slots and empty positions.
 void UseSmallPages([[maybe_unused]] void* array, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
   if (bytes < kHugePage) return;

@@ -1,4 +1,4 @@
-// Stacks of equal arrays, one entry for each layer or expert.
+// Stacks of arrays of one size, with an entry for each layer or expert.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,14 @@ struct Stack {
   const T* At(int64_t i) const { return base == nullptr ? nullptr : base + i * stride; }
 };
 
-// A stack of weights of one size: in one format, or mixed.
+// A stack of weights of one size, all in the same format or mixed.
 struct WeightStack {
   Format format = Format::kFloat32;
   int64_t outs = 0;
   Stack<char> values = {};  // strides in bytes
   Stack<uint16_t> scale = {}, minimum = {};
-  // For mixed weights, the code of the block format and the first unit of each entry; checked. `values` then has a
-  // stride of one unit.
+  // For mixed weights, two numbers for each entry: the code of its block format, and its first unit. Both are already
+  // checked. `values` then has a stride of one unit.
   Stack<int32_t> table = {};
 
   Weight At(int64_t i) const {

@@ -14,10 +14,10 @@ constexpr int64_t kStepNumbers = 2;
 
 enum class StepKind : int64_t { kLinear, kAttention, kNorm, kExperts };
 
-// In each code, a value is the number of an array: 0 is the layer's input, and every step adds its results. A residual
-// of -1 means none. `has_norm` and `has_bias` are 0 or 1.
+// The codes refer to arrays by number: 0 is the layer's input, and the results of each step take the next numbers. A
+// residual of -1 means none. `has_norm` and `has_bias` are 0 or 1.
 
-// Takes `weights` entries of `outs`. Numbers: eps.
+// Consumes `weights` entries of `outs`. Numbers: eps.
 struct LinearCode {
   int64_t x, residual, has_norm, has_bias, gate, weights;
 };
@@ -27,17 +27,17 @@ struct AttentionCode {
   int64_t q, k, v;
 };
 
-// Normalises each run of `width` numbers by itself. Numbers: eps.
+// Normalises each piece of `width` numbers separately. Numbers: eps.
 struct NormCode {
   int64_t x, residual, width, has_bias;
 };
 
-// Takes one entry of `outs`, the feed-forward width. Numbers: eps, and 1 if the shares are renormalised, else 0.
+// Consumes one entry of `outs`, the feed-forward width. Numbers: eps, and 1 if the shares are renormalised, else 0.
 struct ExpertsCode {
   int64_t x, scores, residual, has_norm, gate, experts, chosen;
 };
 
-// The code of a step from its integers.
+// Read the code of a step from its integers.
 template <typename Code>
 Code ReadCode(const int64_t* integers) {
   static_assert(sizeof(Code) <= (kStepIntegers - 1) * sizeof(int64_t));
