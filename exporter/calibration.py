@@ -1,4 +1,4 @@
-"""Quantise a model layer after layer, with the inputs that each matrix has when the model reads a text."""
+"""Quantise a model layer by layer, using the inputs that each matrix receives while the model reads a text."""
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,8 +38,8 @@ class CalibrationText:
     """A text to calibrate with.
 
     Attributes:
-        name: its name in messages.
-        content: the text.
+        name: name of the text in messages.
+        content: the text itself.
     """
 
     name: str
@@ -47,10 +47,10 @@ class CalibrationText:
 
 
 def read_calibration_text(path: Path | None) -> CalibrationText:
-    """Read a text file, or without a path the documentation of the language that CPython contains, for `help()`.
+    """Read a text file; without a path, return the documentation of Python that CPython ships for `help()`.
 
     Raises:
-        PrecastError: the file is missing or no text, or this Python lacks its documentation.
+        PrecastError: the file is missing or is not text, or this Python was installed without its documentation.
     """
     if path is not None:
         return CalibrationText(name=str(path), content=evaluate.read_text(path, TOKENS))
@@ -69,7 +69,7 @@ def calibrated_parameters(
 ) -> list[Parameter]:
     """Return the parameters to calibrate: the int4 and mixed matrices of the layers, except those of experts.
 
-    A token goes through only a few experts, so a text might not reach all of them.
+    Experts are left out because each token goes through only a few of them, so a text might not reach every expert.
 
     Args:
         parameters: the model's parameters.
@@ -98,20 +98,21 @@ def open_model(plan: ExportPlan) -> LayerwiseReference:
 def quantised_matrices(
     plan: ExportPlan, text: CalibrationText, triangles: Mapping[str, np.ndarray], progress: Progress = silent
 ) -> Iterator[Encoded]:
-    """Quantise matrices with the inputs that a text gives them; yield each with its parameter's name.
+    """Yield matrices, quantised with the inputs that they receive while the model reads a text.
 
-    The matrices are those of the parameters in `triangles`, and then layer by layer those of `calibrated_parameters`.
-    A matrix that the source stores in its format already keeps its values; `gptq.quantise` quantises all others. The
-    inputs of a layer are computed by the quantised layers before it.
+    Each item is the name of a parameter and the arrays that store one of its matrices. The parameters in `triangles`
+    come first, then, layer by layer, those of `calibrated_parameters`. A matrix that the source already stores in the
+    chosen format keeps its values; `gptq.quantise` quantises all other matrices. The inputs of a layer are computed by
+    the quantised layers before it.
 
     Args:
         plan: the export.
         text: the text to read.
-        triangles: the result of `gptq.compensation` for each parameter outside the layers to quantise, by name.
+        triangles: the result of `gptq.compensation` for each parameter to quantise outside the layers, by name.
         progress: called with the number of layers quantised so far.
 
     Raises:
-        PrecastError: the text is too short, or a tensor has values that its format cannot hold.
+        PrecastError: the text is too short, or a tensor has values that its format cannot represent.
     """
     model = open_model(plan)
     windows = cut_windows(model, text)
@@ -145,7 +146,11 @@ def quantised_matrices(
 
 
 def cut_windows(model: LayerwiseReference, text: CalibrationText) -> Sequence[Sequence[int]]:
-    """Cut the text into windows of the same length; return the token ids of each."""
+    """Cut a text's first `TOKENS` tokens into windows of equal length; return the token ids of each window.
+
+    Raises:
+        PrecastError: the text is shorter than one window.
+    """
     width = min(WINDOW, model.context)
     tokens = evaluate.tokenize(model.tokenizer, text.content)
     windows = [w for w in evaluate.cut(tokens, TOKENS, width) if len(w) == width]
@@ -159,7 +164,7 @@ def cut_windows(model: LayerwiseReference, text: CalibrationText) -> Sequence[Se
 def grams(
     model: LayerwiseReference, x: Array, rotary: Rotary, window: Array, *arrays: Array
 ) -> dict[tuple[int, ...], Array]:
-    """Run a layer; return the Gram matrix ``[in, in]`` of the inputs of each of its products.
+    """Run a layer; return, for each of its matrix products, the Gram matrix ``[in, in]`` of the inputs.
 
     The key of a product is the tuple of the indices of its matrices in `arrays`.
     """
@@ -184,24 +189,24 @@ def check_triangle(triangle: np.ndarray, text: CalibrationText, place: str) -> N
     """Check the result of `gptq.compensation`.
 
     Args:
-        triangle: the result.
-        text: the text that gave the inputs.
-        place: the reader of the inputs, for the message.
+        triangle: the result to check.
+        text: the text from which the inputs were computed.
+        place: the layer or parameter that receives the inputs, for the message.
 
     Raises:
         PrecastError: the inputs were too large for float32.
     """
     if not np.isfinite(triangle).all():
         raise PrecastError(
-            f"{text.name}: the inputs that this text gives to {place} are too large to calibrate with; name another"
-            " text with --calibrate, or round without one: --weights int4."
+            f"{text.name}: with this text, the inputs of {place} are too large for calibration; name another text with"
+            " --calibrate, or use --weights int4 without calibration."
         )
 
 
 def _encode(
     plan: ExportPlan, parameter: Parameter, place: int, matrix: np.ndarray, triangle: np.ndarray
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Return the arrays that store one of a parameter's matrices, and the weights that they hold."""
+    """Quantise one of a parameter's matrices; return the arrays that store it, and its dequantised weights."""
     name, shape, stored = (
         parameter.sources[place],
         parameter.source_shape,

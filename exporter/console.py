@@ -1,4 +1,4 @@
-"""The command ``precast export``: its progress on standard error, and its summary on standard output."""
+"""The command ``precast export``, which shows progress on standard error and a summary on standard output."""
 
 import os
 import sys
@@ -47,7 +47,7 @@ def run(spec: str | None, output: Path | None, options: ExportOptions) -> int:
     console = _console(stderr=True)
 
     def log(line: str) -> None:
-        # Remarks quote names from the source, which may contain control characters.
+        # Remarks quote names from the source, and these names may contain control characters.
         console.print(printable(line))
 
     log(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}")
@@ -72,15 +72,15 @@ def _console(*, stderr: bool) -> Console:
 def _show_cursor(console: Console) -> None:
     """Show the cursor, which progress bars hide.
 
-    An interrupt may come while a line is half written, so the escape sequence goes to the file descriptor instead of
-    the stream.
+    The escape sequence is written to the file descriptor, because an interrupt may arrive while the stream itself is
+    writing a line.
     """
     if console.is_terminal:
         os.write(sys.stderr.fileno(), b"\x1b[?25h")
 
 
 def _report(console: Console, built: list[BuiltProgram], show: Progress, step: Step) -> None:
-    """Pass a step of long work to `show`; print a built program instead, and append it to `built`."""
+    """Print a built program and append it to `built`; pass any other step to `show`."""
     if not isinstance(step, BuiltProgram):
         show(step)
         return
@@ -112,7 +112,7 @@ def _bar(bars: Bars) -> Progress:
         nonlocal text
         if step.text != text:
             text = step.text
-            bars.reset(task)  # restarts the timer of the elapsed time
+            bars.reset(task)  # restarts the elapsed time
         bars.update(
             task,
             description=step.text,

@@ -51,7 +51,10 @@ def export(
         output: folder to write.
         options: the options of the export.
         log: called with each remark on the source, and with the name of each step.
-        progress: called with the state of long work, and with a `BuiltProgram` for each program that has been built.
+        progress: called during long steps, and with a `BuiltProgram` for each program that has been built.
+
+    Returns:
+        The artifact's manifest.
 
     Raises:
         PrecastError: the source cannot be exported faithfully with these options, `output` exists, a file cannot be
@@ -62,7 +65,7 @@ def export(
     for remark in plan.remarks:
         log(remark)
     with folders.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("the export"):
-        # 2. Choose the formats, if there is a budget, and write the weights, the tokenizer and the chat templates.
+        # 2. If there is a budget of bits, choose the formats. Write the weights, the tokenizer and the chat templates.
         triangles: Mapping[str, np.ndarray] = {}
         calibrates = options.bits is not None or options.calibrate is not None
         text = read_calibration_text(options.calibrate) if calibrates else None
@@ -77,11 +80,11 @@ def export(
         targets = _build(folder, plan, options, log, progress)
         manifest = make_manifest(plan, targets)
 
-        # 4. Record the golden answers, checked against the reference.
+        # 4. Check the golden answers against the reference, and record them.
         log("checking answers against the reference")
         record_golden(folder, manifest, plan.stored, weights_sha256)
 
-        # 5. Measure the loss of precision, if there is one.
+        # 5. If the artifact is less precise than the source in float32, measure the difference.
         if not golden.is_exact(manifest):
             log("measuring fidelity to the float32 model")
             manifest = _with_fidelity(folder, manifest, plan, progress)
@@ -99,7 +102,7 @@ def _write_weights(
     triangles: Mapping[str, np.ndarray],
     progress: Progress,
 ) -> str:
-    """Write the weights and the RoPE tables into the weight file; return its sha256."""
+    """Write the weights and the RoPE tables into the weight file; return the file's sha256."""
     tables = dict(zip(TABLES, plan.spec.tables(plan.geometry.context), strict=True))
     total = stored_bytes(plan.weight_plan.parameters, plan.stored.formats)
     count = byte_counter(progress, "writing weights", total)

@@ -21,8 +21,8 @@ _DAMPING = 0.01
 def quantise(matrix: np.ndarray, triangle: np.ndarray, block_format: BlockFormat) -> tuple[np.ndarray, ...]:
     """Quantise a matrix to a block format.
 
-    The factors of a super-group suit its weights at the time when its first column is rounded; the other coefficients
-    of a group suit its weights at the time when the first column of the group is rounded.
+    Rounding a column changes all later columns. The factors of a super-group are therefore fitted just before its first
+    column is rounded, and the other coefficients of a group just before the group's first column is rounded.
 
     Args:
         matrix: float32 ``[out, in]``; it is overwritten.
@@ -30,7 +30,7 @@ def quantise(matrix: np.ndarray, triangle: np.ndarray, block_format: BlockFormat
         block_format: the format.
 
     Returns:
-        The codes ``[out, in]`` and the coefficients, as `BlockFormat.pack` takes them.
+        The codes ``[out, in]`` and the coefficients, in the form that `BlockFormat.pack` expects.
     """
     inputs = matrix.shape[1]
     importance = 1 / np.diag(triangle) ** 2
@@ -57,7 +57,11 @@ def quantise(matrix: np.ndarray, triangle: np.ndarray, block_format: BlockFormat
 def _round_group(
     block_format: BlockFormat, block: np.ndarray, triangle: np.ndarray, coefficients: Coefficients
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round the n columns of a group ``[out, n]`` one by one; return the codes, and the scaled errors ``[n, out]``."""
+    """Round the n columns of a group ``[out, n]`` one by one.
+
+    Returns:
+        The codes ``[out, n]``, and each column's error divided by its diagonal entry of `triangle`, ``[n, out]``.
+    """
     columns = np.ascontiguousarray(block.T)
     scale, minimum = effective(block_format, coefficients)
     lowest, highest = bounds(block_format)
@@ -78,12 +82,12 @@ def compensation(gram: Array) -> np.ndarray:
     """Return the upper triangular matrix U with UᵀU = H⁻¹, where H is the Gram matrix with a damped diagonal.
 
     Args:
-        gram: sum over the calibration's tokens of x xᵀ for inputs x ``[in]``, float32 ``[in, in]``.
+        gram: the sum of x xᵀ over the inputs x ``[in]`` at all tokens of the text, float32 ``[in, in]``.
     """
     diagonal = jnp.diag(gram)
     # An input that is always zero gets a positive diagonal entry, because the matrix would otherwise have no inverse.
     raised = jnp.where(diagonal > 0, 0.0, 1.0) + _DAMPING * jnp.mean(diagonal)
-    # Reversing the order of the inputs turns the lower triangle of the factor's inverse into an upper one.
+    # The inverse of a Cholesky factor is lower triangular. Reversing the order of the inputs makes it upper triangular.
     lower = jnp.linalg.cholesky((gram + jnp.diag(raised))[::-1, ::-1])
     inverted = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(lower)), lower=True)
     return np.ascontiguousarray(inverted[::-1, ::-1])

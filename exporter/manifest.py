@@ -30,7 +30,7 @@ _PACKAGES = ("precast", "jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers")
 
 
 def make_manifest(plan: ExportPlan, targets: Sequence[Target]) -> Manifest:
-    """Return the manifest of a new artifact; its fidelity and its file hashes are still empty."""
+    """Return the manifest of a new artifact, still without its fidelity and its file hashes."""
     source = plan.source
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -70,7 +70,7 @@ def write_manifest(folder: Path, manifest: Manifest, weights_sha256: str) -> Man
     Args:
         folder: the artifact, complete except for these two files.
         manifest: the manifest from `make_manifest`; its `files` are replaced.
-        weights_sha256: the hash of the weight file, which is too large to be read again.
+        weights_sha256: the hash of the weight file; reading that file again would take long.
 
     Returns:
         The manifest as written.
@@ -103,7 +103,7 @@ def _model_info(plan: ExportPlan) -> ModelInfo:
 
 
 def _laid_out(arrays: Sequence[CacheArray], target: Target) -> tuple[CacheArray, ...]:
-    """Return the arrays of the KV cache with the layouts that a target gives them."""
+    """Return the arrays of the KV cache with the layouts that they have in a target's decode program."""
     layouts = {value.name: value.layout for value in target.of_kind("decode")[0].arguments}
     return tuple(dataclasses.replace(array, layout=layouts[array.name]) for array in arrays)
 

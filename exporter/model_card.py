@@ -4,7 +4,7 @@ from precast.loaders.artifact.manifest import Fidelity, Manifest
 
 
 def render(manifest: Manifest) -> str:
-    """Return the model card as Markdown. It does not list the targets, because `add-target` can add more later."""
+    """Return the model card as Markdown, without a list of targets, because `add-target` can add more later."""
     model, provenance = manifest.model, manifest.provenance
     version, files = provenance.versions.get("precast", ""), provenance.source_files
     sources = "\n".join(f"- `{name}`, sha256 `{entry.sha256}`" for name, entry in files.items())

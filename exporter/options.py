@@ -17,12 +17,13 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_BUCKETS = (64, 128, 512)
 DEFAULT_SLOTS = 8
 _MOST_SLOTS = 256
-# The smallest and the largest budget of bits: those of the smallest and the largest format, with the float32 norms.
+# The limits of a budget, in bits per weight. The smallest format takes 4.5 bits; the largest takes 8.5 bits, to which
+# the float32 norms add less than 0.5.
 _BITS = (4.5, 9.0)
-# The targets whose idle slots take no time. Empty slots of portable take memory, but portable is included, because a
-# default export has both targets, and all targets of an artifact have the same number of slots.
+# The targets that have several slots by default. On cpu, idle slots take neither time nor memory. On portable, they
+# take memory, but a default export has both targets, and all targets of an artifact have the same number of slots.
 _CHEAP_SLOTS = ("cpu", "portable")
-# The largest KV cache that the default number of slots may take; the default is lower if it would take more. A system
+# The default number of slots is lowered, if need be to 1, until the KV cache takes at most this many bytes. A system
 # may refuse to reserve more address space than it has memory, even for pages that are never touched.
 _MOST_DEFAULT_CACHE_BYTES = 16 << 30
 
@@ -35,17 +36,18 @@ class ExportOptions:
         buckets: prompt lengths to compile a prefill program for; None for those of `DEFAULT_BUCKETS` that fit the
             context.
         context: S, positions of a slot; None for the model's own limit, but at most `DEFAULT_CONTEXT`.
-        slots: B, sequences decoded together. With a target other than cpu and portable, whose idle slots take memory or
-            time, None means 1. Otherwise, None means `DEFAULT_SLOTS`, or fewer if the KV cache would be large.
+        slots: B, sequences decoded together. If there is a target other than cpu and portable, None means 1, because
+            idle slots of such a target take memory or time. Otherwise, None means `DEFAULT_SLOTS`, or fewer if the KV
+            cache would be large.
         weights: storage format of the weights, one of `WEIGHTS`.
         kv_cache: type of the KV cache, one of `CACHE_TYPES`; None for float32 with float32 weights, else bfloat16.
         targets: keys of `TARGET_KINDS`.
         cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or "native" for
             all features of this machine; None for `precast.loaders.compiling.isa.default_isa`.
-        bits: maximum number of bits that a weight takes on average (`exporter.budget`), instead of a choice of
-            `weights`; None for that choice.
-        calibrate: text file to calibrate int4 weights or a budget of bits with (`exporter.calibration`); None to round
-            each weight alone, or with `bits` to calibrate with the documentation that Python contains.
+        bits: maximum number of bits per weight, on average (`exporter.budget`); the export then chooses the format of
+            each matrix. None means the format `weights`.
+        calibrate: text file for the calibration (`exporter.calibration`) of int4 weights or of a budget of bits. None
+            means Python's own documentation if `bits` is set, and otherwise no calibration.
         overwrite: permission to replace an existing artifact.
     """
 
@@ -68,7 +70,7 @@ def check_options(options: ExportOptions) -> None:
     """Check the options as far as possible before a model is read.
 
     Raises:
-        PrecastError: an option has an impossible value; the message names the option.
+        PrecastError: an option has an invalid value; the message names the option.
     """
     _check_choice("weights", options.weights, WEIGHTS)
     if options.kv_cache is not None:
@@ -93,7 +95,7 @@ def choose_geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
     """Choose the context, the buckets, the type of the KV cache and the number of slots for a model.
 
     Raises:
-        PrecastError: an option has an impossible value, or one that does not fit the model.
+        PrecastError: an option has an invalid value, or a value that does not fit the model.
     """
     check_options(options)
     limit = spec.config.max_positions

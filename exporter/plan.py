@@ -106,8 +106,8 @@ def _check_tokenizer(source: Source, vocab: int) -> None:
 def _check_memory(name: str, spec: ModelSpec, geometry: Geometry, options: ExportOptions) -> None:
     """Refuse a context whose RoPE tables or KV cache this machine cannot allocate.
 
-    A KV cache takes up memory only as its positions fill, so it may be larger than memory, as long as the system grants
-    the address space for it. The export needs the cache on this machine to check the artifact's answers.
+    The export needs the KV cache on this machine to check the artifact's answers. Only filled positions take memory, so
+    the cache may be larger than the machine's memory if the system grants the address space.
     """
     frequencies = sum(len(rope.at_context(geometry.context)) for rope in spec.ropes)
     # Angles, cosines, sines and the result of a multiplication exist at the same time.

@@ -1,4 +1,4 @@
-"""The functions that become programs, with flat arguments: inputs, KV caches, RoPE tables and weights."""
+"""The functions that are compiled into programs. Their arguments are flat: inputs, caches, RoPE tables and weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,7 +71,7 @@ class StoredModel:
         return tuple((p.name + a.suffix, a) for p in self.parameters for a in self._stored(p))
 
     def bind(self, arrays: Sequence[Array]) -> Decoder:
-        """Return the model with these arrays as its weights; their order is that of `self.arrays()`."""
+        """Return the model with these arrays, in the order of `self.arrays()`, as its weights."""
         rest = iter(arrays)
         return self.abstract.bind(
             [
@@ -140,13 +140,13 @@ def with_layouts(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> P
 
     The new program's arguments and results are row-major arrays whose axes are permuted into the order of the layout,
     so the runtime handles row-major arrays only. The new program undoes the permutation of its arguments before the
-    computation, and permutes its results after the computation. These transpositions copy nothing if the compiler
-    prefers the given layouts anyway.
+    computation, and permutes its results after the computation. If the compiler chooses the same layouts, these
+    transpositions copy nothing.
 
     Args:
         spec: the program, with row-major arguments and results.
-        layouts: axes from the slowest to the fastest, by name of an argument or a result. Other arguments and results
-            keep their layout.
+        layouts: for each name of an argument or a result, its axes from the slowest to the fastest. Arguments and
+            results without an entry keep their layout.
     """
 
     def laid_out(values: Sequence[Value]) -> tuple[Value, ...]:
@@ -367,7 +367,7 @@ def _prefill(
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
-    """Run one chunk of a slot's prompt: the first `length` of the tokens ``[T]``, from position `start` on."""
+    """Run one chunk of a slot's prompt: the first `length` of the tokens ``[T]``, beginning at position `start`."""
     model, x, kv_caches = _chunk(tokens, length, start, slot, arrays, caches, bind, ops)
     last = gather_rows(x, (length - 1).reshape(1, 1))[0]  # [1, D]
     return _results(model, last, jnp.minimum(length, 1), kv_caches, ops)
@@ -410,7 +410,10 @@ def _decode(
 
 
 def _results(model: Decoder, x: Array, used: Array, caches: KVCaches, ops: Ops) -> tuple[Array, ...]:
-    """Return the tokens and the logits of the first `used` rows of x ``[R, D]``, and the caches."""
+    """Return the likeliest token and the logits of each row of x ``[R, D]``, then the caches.
+
+    The rows from index `used` are padding, and their results are meaningless.
+    """
     logits = model.logits(x, ops, used)
     return ops.argmax(logits, used), logits, *(array for cache in caches for array in cache.arrays())
 

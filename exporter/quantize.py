@@ -1,18 +1,18 @@
 """Storage formats of weights: float32, bfloat16, and small integers with shared scales.
 
-A linear layer's weight is ``[out, in]``; a stack of layers puts L in front. In the integer formats, each group of
-`GROUP` consecutive inputs of an output shares a scale, and in int4 also a minimum. The values of `PANEL` outputs (a
-panel) are contiguous and interleaved in the order in which the kernels read them:
+A linear layer's weight is ``[out, in]``, and a stack of L layers is ``[L, out, in]``. In the integer formats, the
+weights of an output for `GROUP` consecutive inputs (a group) share a scale and, in int4, a minimum. The values of
+`PANEL` outputs (a panel) are contiguous and interleaved in the order in which the kernels read them:
 
 - int8: values ``[out/16, in/2, 16, 2]``; scale ``[out/16, in/32, 16]``; a weight is scale · value.
 - int4: values ``[out/16, in/8, 16, 4]`` with two values per byte: of eight consecutive inputs, the low nibbles hold the
   first four and the high nibbles the last four; scale and minimum ``[out/16, in/32, 16]``; a weight is
   scale · value + minimum.
-- int4-symmetric: the same without the minimum; a weight is scale · (value − 8).
+- int4-symmetric: the layout of int4 without the minimum; a weight is scale · (value − 8).
 
-Outputs are padded to whole panels and inputs to whole groups; the padding's values, scales and minima are zero. In a
-partly filled int4 group, the padded weights dequantise to the group's minimum, or to −8 · scale, not to zero. So the
-activations that multiply them must be zero.
+Outputs are padded to whole panels and inputs to whole groups; the padding's values, scales and minima are zero. The
+padded weights of a partly filled int4 group dequantise to the group's minimum, or to −8 · scale, instead of zero. The
+activations that multiply them must therefore be zero.
 """
 
 from abc import ABC, abstractmethod
@@ -35,11 +35,11 @@ from .scales import (
 )
 from .sources.base import QuantisedBlocks
 
-# The format of int4 weights whose source has no minima. The user cannot choose it: the export does.
+# The format of int4 weights whose source has no minima. Only the export itself chooses this format.
 INT4_SYMMETRIC = "int4-symmetric"
-# The option by which each parameter keeps its values and, where precast has it, its format in the checkpoint.
+# The value of --weights that keeps the values of each parameter, and also its format if that is a block format.
 SOURCE = "source"
-# The format of weights with a budget of bits, and the formats that it chooses from, smallest first.
+# The format of weights with a budget of bits, and the formats that the budget chooses from, smallest first.
 MIXED = "mixed"
 BUDGET_FORMATS = ("q4_k", "q5_k", "q6_k", "q8_0")
 
@@ -49,9 +49,9 @@ class StoredArray:
     """One of the arrays that store a parameter.
 
     Attributes:
-        suffix: the part of the array's name after the parameter's name: "", ".scale" or ".minimum".
+        suffix: the part of the array's name after the parameter's name: "", ".scale", ".minimum" or ".table".
         shape: shape in the programs.
-        dtype: "float32", "bfloat16", "float16", "int8" or "uint8".
+        dtype: "float32", "bfloat16", "float16", "int8", "uint8" or "int32".
     """
 
     suffix: str
@@ -68,9 +68,9 @@ class Format(ABC):
     """A storage format of weights.
 
     Attributes:
-        name: its key in `FORMATS`.
-        largest: largest magnitude that it can hold.
-        takes: the block formats that `repack` can convert to this one, provided that their numbers fit its range.
+        name: key of the format in `FORMATS`.
+        largest: largest magnitude that the format can represent.
+        takes: block formats that `repack` can convert to this format if their numbers fit its range.
     """
 
     name: str
@@ -87,13 +87,13 @@ class Format(ABC):
 
         Args:
             matrix: the matrix.
-            name: its name in messages.
+            name: name of the matrix in messages.
 
         Returns:
             The arrays that store the matrix, in the order of `arrays` and without the L axis.
 
         Raises:
-            PrecastError: the format cannot hold one of the values.
+            PrecastError: the format cannot represent one of the values.
         """
 
     @abstractmethod
@@ -105,31 +105,31 @@ class Format(ABC):
         return None
 
     def check(self, matrix: np.ndarray, name: str) -> None:
-        """Check that the format can hold all values of a matrix.
+        """Check that the format can represent all values of a matrix.
 
         Raises:
-            PrecastError: the format cannot hold one of the values.
+            PrecastError: the format cannot represent one of the values.
         """
         check_range(matrix, name, self.name, self.largest)
 
 
 def check_range(matrix: np.ndarray, name: str, format_name: str, largest: float) -> None:
-    """Check that a format can hold all values of a matrix.
+    """Check that a format can represent all values of a matrix.
 
     Args:
         matrix: the matrix.
-        name: its name in messages.
-        format_name: the format's name in messages.
-        largest: largest magnitude that the format can hold.
+        name: name of the matrix in messages.
+        format_name: name of the format in messages.
+        largest: largest magnitude that the format can represent.
 
     Raises:
-        PrecastError: the format cannot hold one of the values.
+        PrecastError: the format cannot represent one of the values.
     """
     most = max(float(matrix.max()), -float(matrix.min())) if matrix.size else 0.0
     if not most <= largest:  # also for NaN
         raise PrecastError(
-            f"{name}: holds a value of {most:.6g}, expected at most {largest:.6g}, the most that {format_name}"
-            " can hold; store the weights in a wider type."
+            f"{name}: contains a value of {most:.6g}, expected at most {largest:.6g}, the largest that {format_name}"
+            " can represent; store the weights in a wider type."
         )
 
 
@@ -154,13 +154,13 @@ class _Grouped(Format):
 
     Attributes:
         dtype: type of the packed values.
-        inputs: length in bytes of the last axis of the packed values, which contains consecutive inputs of one output.
+        inputs: number of bytes in the last axis of the packed values. These bytes belong to one output.
         nibbles: values per byte.
-        suffixes: name suffixes of the arrays that hold the coefficients.
-        quantise: quantises groups ``[n, G]``.
-        convert: converts blocks in a format of `takes` to values and coefficients without changing a weight, or returns
-            None.
-        zero: the value that represents zero, if there is no minimum.
+        suffixes: name suffixes of the arrays that store the coefficients.
+        quantise: quantises G groups of n weights, ``[n, G]``; returns their values and coefficients.
+        convert: converts blocks in a format of `takes` to values and coefficients without changing a weight; returns
+            None if that is impossible.
+        zero: value of a weight of zero in a format without minima.
     """
 
     dtype: str
@@ -209,7 +209,7 @@ class _Grouped(Format):
         """Pack values ``[rows, in]`` and coefficients ``[rows, groups]``.
 
         Args:
-            shape: rows and columns of the whole matrix.
+            shape: numbers of rows and columns of the whole matrix.
             quantised: returns the values and the coefficients of a slice of rows; several threads call it.
         """
         arrays = [np.zeros(a.shape[1:], a.numpy_dtype) for a in self.arrays(shape)]
@@ -265,7 +265,10 @@ def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
 
 
 def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-    """Return the blocks with minima, or None if a minimum is out of range. Blocks without minima get −8 · scale."""
+    """Return the codes, scales and minima of blocks, or None if a minimum exceeds the range of float16.
+
+    The minimum of a block without one is −8 · scale.
+    """
     scale, *minima = blocks.coefficients
     if minima:
         return blocks.codes, scale, *minima
@@ -292,7 +295,7 @@ INT4 = _Grouped(
     quantise=quantise_with_minimum,
     convert=_as_int4,
 )
-# The block format with the codes and coefficients of int4, though in another layout.
+# The block format that has the same codes and coefficients as int4, in another layout.
 INT4_BLOCKS = BLOCK_FORMATS["q4_1"]
 FORMATS: Mapping[str, Format] = {
     f.name: f

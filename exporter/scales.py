@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 HALF_MAX = float(np.finfo(np.float16).max)
-# The search with minima tries several ranges for a group. Each clips a share of the group's own range at the bottom and
-# at the top; a negative share widens the range. In the last range tried, the group's own range takes 14 of the 15 steps
-# of int4, which reproduces weights that an earlier quantisation rounded to -7..7.
+# The ranges that the search with minima tries for a group: the shares of the group's own range to clip at the bottom
+# and at the top. A negative share widens the range. In the last range, the group's own range takes 14 of the 15 steps
+# of int4. That range reproduces weights that an earlier quantisation rounded to -7..7.
 _ENDS = (-0.03, 0.0, 0.03, 0.06)
 _CLIPPED = (*((bottom, top) for bottom in _ENDS for top in _ENDS), (0.0, -1 / 14))
 # The searches without minima first scale a group so that its value of the largest magnitude becomes ±127,
@@ -18,7 +18,7 @@ _SYMMETRIC_STRETCHES = [*np.linspace(0.9, 1.15, 11).tolist(), *np.linspace(-1.0,
 # The largest magnitude of int8, the largest value of int4, and the value that represents zero in int4-symmetric.
 INT8_MAX, INT4_LEVELS, INT4_ZERO = 127, 15, 8
 _REFITS = 2
-# Smaller numbers underflow float16, and the reciprocals of the smallest overflow float32.
+# Numbers up to this magnitude count as zero: they underflow float16, and the reciprocals of some overflow float32.
 _TINY = 1e-30
 
 # The values of a block ``[n, G]`` (G groups of n), the scales ``[G]``, and for int4 the minima ``[G]``.
@@ -26,13 +26,13 @@ Quantised = tuple[np.ndarray, ...]
 
 
 def quantise_int8(x: np.ndarray) -> Quantised:
-    """Find values -127..127 and a scale for each column."""
+    """Quantise each column of x ``[n, G]`` to values -127..127 and a scale."""
     step = _int8_step(x)
     return _quantise_without_minimum(x, step, -INT8_MAX, INT8_MAX, fit_int8(x))
 
 
 def quantise_symmetric(x: np.ndarray, zero: int = INT4_ZERO) -> Quantised:
-    """Find a scale and values from 0 to 2 · zero − 1 for each column; the value `zero` means a weight of 0."""
+    """Quantise each column to values 0..2 · zero − 1 and a scale; the value `zero` represents a weight of 0."""
     step = _symmetric_step(x, zero)
     values, scale = _quantise_without_minimum(x, step, -zero, zero - 1, fit_symmetric(x, zero))
     return values + zero, scale
@@ -41,7 +41,7 @@ def quantise_symmetric(x: np.ndarray, zero: int = INT4_ZERO) -> Quantised:
 def _quantise_without_minimum(
     x: np.ndarray, step: np.ndarray, lowest: int, highest: int, fitted: np.ndarray
 ) -> Quantised:
-    """Find values and a scale for each column: the fitted scale, unless the scale `step` has a smaller error."""
+    """Quantise each column with the scale of the least error: `fitted`, or `step` as the nearest or next float16."""
     return _closest(
         x, lowest, highest, [(near_half(fitted), None), (near_half(step), None), (_above(step), None)]
     )
@@ -105,11 +105,11 @@ def _fit_scale(
 
 
 def quantise_with_minimum(x: np.ndarray, levels: int = INT4_LEVELS) -> Quantised:
-    """Find values 0..levels, a scale and a minimum for each column.
+    """Quantise each column of x ``[n, G]`` to values 0..levels, a scale and a minimum.
 
     Try several ranges, slightly clipped or widened at each end. For each range, round the values and fit the scale and
-    the minimum to them by least squares. Then round and fit the best range `_REFITS` times more. Use the result, unless
-    plain rounding has a smaller error.
+    the minimum to them by least squares. Then round and fit the best range `_REFITS` times more. If plain rounding over
+    the column's own range has a smaller error, return its result instead.
     """
     low, high = x.min(0), x.max(0)
     step = (high - low) / np.float32(levels)

@@ -83,7 +83,7 @@ def bare_tokens(source: Source, vocab: int) -> str | None:
     bare = [f"{token!r:.40}" for token in read_tokenizer(source).tokens_from(vocab)]
     if not bare:
         return None
-    return f"added tokens from id {vocab} on have no embedding and are refused in prompts: {_listed(bare)}"
+    return f"added tokens with ids of {vocab} or above have no embedding and are refused in prompts: {_listed(bare)}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -96,7 +96,8 @@ class Calibrated:
 
     Attributes:
         names: names of the parameters.
-        arrays: the arrays of each parameter; for one parameter, in the order of its sources.
+        arrays: the arrays that store each source tensor of these parameters. The tensors of a parameter come in the
+            order of its `sources`.
     """
 
     names: Set[str]
@@ -195,10 +196,11 @@ def _is_matrix(parameter: Parameter) -> bool:
 def with_source_formats(
     formats: Mapping[str, ParameterFormat], plan: WeightPlan
 ) -> Mapping[str, ParameterFormat]:
-    """Return the formats, changed where the source's own formats decide.
+    """Return the formats, adapted to the formats in which the source stores the parameters.
 
-    A parameter in the format `SOURCE` gets a format that holds its values exactly. An int4 parameter whose sources have
-    4 bits in a block format keeps them: it is mixed if q4_k is among the formats, and has no minima if all are q4_0.
+    A parameter in the format `SOURCE` gets a format that represents its values exactly. An int4 parameter becomes
+    `INT4_SYMMETRIC` if all its matrices are q4_0 in the source. It keeps the source's block formats if all have 4 bits
+    and q4_k is among them.
     """
     return {p.name: _with_source_format(p, formats[p.name], plan.tensors) for p in plan.parameters}
 
@@ -223,7 +225,7 @@ def _with_source_format(
 
 
 def widened_remark(formats: Mapping[str, ParameterFormat], plan: WeightPlan) -> str | None:
-    """Return a remark on quantised parameters that are stored in float32, because no block format holds a matrix."""
+    """Return a remark on quantised parameters stored in float32 because no block format represents a matrix exactly."""
     wide = [
         parameter
         for parameter in plan.parameters
@@ -236,8 +238,8 @@ def widened_remark(formats: Mapping[str, ParameterFormat], plan: WeightPlan) -> 
     first = next(name for name in wide[0].sources if plan.tensors[name].block_format is None)
     others = f" and {len(wide) - 1} more" if len(wide) > 1 else ""
     return (
-        f"storing {wide[0].name}{others} in float32, because no block format holds {first}"
-        f" ({plan.tensors[first].dtype}) to the bit; --weights int8 takes less space"
+        f"storing {wide[0].name}{others} in float32, because no block format represents {first}"
+        f" ({plan.tensors[first].dtype}) exactly; --weights int8 takes less space"
     )
 
 
@@ -265,7 +267,7 @@ def write_model_weights(
     count: Callable[[int], None],
     calibrated: Calibrated | None = None,
 ) -> str:
-    """Write weights and tables, holding at most one source tensor in memory.
+    """Write weights and tables. Without calibration, only one source tensor at a time is in memory.
 
     Args:
         path: file to write.
@@ -302,7 +304,7 @@ def _encoded(
                 for name, tensor in tensors:
                     yield parameter.name, _encode(name, tensor, FORMATS[stored], shape)
             else:
-                # The rows of the table are written with the matrices.
+                # Each row of the table is written together with the matrix that it describes.
                 rows = np.split(table(stored, *shape), len(stored))
                 for (name, tensor), block_format, row in zip(tensors, stored, rows, strict=True):
                     records = _encode_records(name, tensor, BLOCK_FORMATS[block_format], shape)
@@ -336,7 +338,7 @@ def _encode(
 def _encode_records(
     name: str, tensor: SourceTensor, stored: BlockFormat, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Return a matrix's records; a matrix that the source stores in this block format keeps its values."""
+    """Return a matrix's records; if the source stores the matrix in this block format, keep its values."""
     if (records := repack_records(name, tensor, stored, shape)) is not None:
         return records
     array = tensor.read()
@@ -347,10 +349,10 @@ def _encode_records(
 def repack_records(
     name: str, tensor: SourceTensor, stored: BlockFormat, shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """Return the records of a matrix that the source stores in this block format; None if it stores another.
+    """Return the records of a matrix that the source stores in this block format; None if it uses another format.
 
     Raises:
-        PrecastError: the tensor has another shape, or holds values that are not finite.
+        PrecastError: the tensor has another shape, or contains values that are not finite.
     """
     if tensor.blocks is None or tensor.block_format != stored.name:
         return None
@@ -365,7 +367,7 @@ def repack(
     """Convert a tensor's quantised blocks to a format without changing any value; return None if that is impossible.
 
     Raises:
-        PrecastError: the tensor has another shape, or holds values that are not finite.
+        PrecastError: the tensor has another shape, or contains values that are not finite.
     """
     if tensor.blocks is None or tensor.block_format not in stored.takes:
         return None
@@ -381,10 +383,10 @@ def _check_blocks(name: str, blocks: QuantisedBlocks, shape: tuple[int, ...]) ->
 
 
 def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Check a tensor after it was read.
+    """Check the shape and the values of a tensor that has been read.
 
     Raises:
-        PrecastError: it has another shape, or holds values that are not finite.
+        PrecastError: the tensor has another shape, or contains values that are not finite.
     """
     _check_shape(name, array.shape, shape)
     # The sum is NaN or infinite if any value is. It needs less memory than np.isfinite, which returns an array.
@@ -405,5 +407,5 @@ def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> N
 
 def _refuse_not_finite(name: str) -> NoReturn:
     raise PrecastError(
-        f"{name}: the tensor holds values that are not finite numbers; fetch the checkpoint again."
+        f"{name}: the tensor contains values that are not finite numbers; fetch the checkpoint again."
     )

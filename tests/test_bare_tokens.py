@@ -61,10 +61,11 @@ def test_a_remark_of_the_export_names_the_tokens(tiny_source):
     data = with_tokens(source, *(f"<{i}>" for i in range(9)))
     source = tiny_source(config={"vocab_size": V}, fields={"tokenizer_json": data})
     assert texts.bare_tokens(source, V) == (
-        "added tokens from id 300 on have no embedding and are refused in prompts: '<0>', '<1>', '<2>', '<3>', '<4>', …"
+        "added tokens with ids of 300 or above have no embedding and are refused in prompts:"
+        " '<0>', '<1>', '<2>', '<3>', '<4>', …"
     )
     assert texts.bare_tokens(source, V + 8) == (
-        "added tokens from id 308 on have no embedding and are refused in prompts: '<8>'"
+        "added tokens with ids of 308 or above have no embedding and are refused in prompts: '<8>'"
     )
     assert texts.bare_tokens(source, V + 9) is None
 

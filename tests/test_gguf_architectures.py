@@ -203,11 +203,11 @@ def with_keys(name: str, *more: Callable[[Writer], None]) -> Case:
         ),
         (
             dataclasses.replace(CASES["llama"], extra={"rope_factors_long.weight": np.ones(8, np.float32)}),
-            "holds the unknown tensor rope_factors_long.weight",
+            "contains the unknown tensor rope_factors_long.weight",
         ),
         (
             dataclasses.replace(CASES["qwen2"], extra={"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}),
-            "holds the unknown tensor blk.0.attn_q_norm.weight",
+            "contains the unknown tensor blk.0.attn_q_norm.weight",
         ),
         (
             dataclasses.replace(
@@ -215,13 +215,13 @@ def with_keys(name: str, *more: Callable[[Writer], None]) -> Case:
                 metadata=cases.phi3_keys(0),
                 extra={"blk.0.attn_q.weight": np.ones((64, 64), np.float32)},
             ),
-            "holds the unknown tensor blk.0.attn_q.weight",
+            "contains the unknown tensor blk.0.attn_q.weight",
         ),
         (
             dataclasses.replace(
                 CASES["mixtral"], extra={"blk.0.ffn_gate.weight": np.ones((cases.F, cases.D), np.float32)}
             ),
-            "holds the unknown tensor blk.0.ffn_gate.weight",
+            "contains the unknown tensor blk.0.ffn_gate.weight",
         ),
     ],
 )

@@ -1,7 +1,7 @@
 """The building blocks of decoders.
 
-A module holds the weights of **all** its layers, stacked ``[L, …]``, but a call runs a single layer. The target then
-reads the weights of that layer in place, without slicing the stack.
+A module stores the weights of **all** layers, stacked ``[L, …]``, but a call runs a single layer. The target can then
+read the weights of that layer in place, without slicing the stack.
 
 Parameters are named after tensors of the checkpoint: the parameter ``model.layers.self_attn.q_proj.weight`` is the
 stack of all tensors ``model.layers.{i}.self_attn.q_proj.weight``.
@@ -28,10 +28,11 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The dimensions and options of a decoder. Other docstrings use its letters L, D, N, K, H, F, V.
+    """The dimensions and options of a decoder.
 
     Attributes:
-        layers, width, heads, kv_heads, head_dim, ff_width, vocab: L, D, N, K, H, F, V.
+        layers, width, heads, kv_heads, head_dim, ff_width, vocab: the dimensions, which all docstrings abbreviate as
+            L, D, N, K, H, F, V.
         max_positions: the model's own context length, which limits the context of an export.
         norm_eps: epsilon of all norms.
         tied_embeddings: True if the output head is the token embedding.
@@ -157,7 +158,7 @@ def project(
     residual: Array | None = None,
     gate: str = "",
 ) -> list[Array]:
-    """Multiply x ``[…, in]`` by one or more weights. A norm, a residual and a gate are fused with the product.
+    """Multiply x ``[…, in]`` by one or more weights. Fuse the optional norm, residual and gate with the product.
 
     Args:
         norm: applied to x first.
@@ -244,7 +245,7 @@ class MLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The gated MLPs of a mixture. Each stack has L · E matrices: first the E matrices of layer 0, and so on."""
+    """The gated MLPs of a mixture. Each stack has L · E matrices: the E matrices of layer 0, of layer 1, and so on."""
 
     def __init__(self, c: DecoderConfig, experts: int) -> None:
         stack = c.layers * experts

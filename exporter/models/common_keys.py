@@ -84,7 +84,7 @@ def read_mixture(
         reader: the config.
         experts: default of E.
         experts_per_token: default number of experts for each token.
-        renormalised: as in `ops.ExpertsCall`; read or fixed by the architecture.
+        renormalised: as in `ops.ExpertsCall`; the caller has read it from the config, or its architecture fixes it.
 
     Raises:
         PrecastError: the config has two different values of E, or more experts per token than experts.
@@ -113,7 +113,7 @@ def read_mixture(
 
 
 def uniform_windows(window: int | None, layers: int) -> tuple[int, ...]:
-    """Return the windows of layers that all have the same window: none if it is None, for full attention."""
+    """Return the same window for every layer, or an empty tuple, for full attention, if `window` is None."""
     return () if window is None else (window,) * layers
 
 

@@ -1,4 +1,4 @@
-"""A strict reader of config.json: an unknown key is an error and is never ignored."""
+"""A strict reader of config.json: unknown keys are errors."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ _LARGEST_SIZE = (1 << 31) - 1
 
 
 class ConfigReader:
-    """A config whose keys are read one by one; `finish` refuses the keys that are left.
+    """A config whose keys are read one by one; `finish` refuses the keys that have not been read.
 
     Attributes:
         where: name of the config in messages.

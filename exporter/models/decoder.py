@@ -79,7 +79,7 @@ class Body(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder whose parameters are stacked over layers and named as in checkpoints.
+    """A decoder. Its parameters are stacked over the layers, and named as in checkpoints.
 
     Args:
         c: the config.
@@ -141,7 +141,7 @@ class Decoder(nnx.Module):
         return x if self.model.embed_positions is None else x + self.model.embed_positions(positions)
 
     def stack(self) -> LayerStack:
-        """Return the layers in the form that `Ops.layers` takes."""
+        """Return the layers in the form that `Ops.layers` expects."""
         c = self.config
         return LayerStack(
             layer=self.model.layers,
@@ -224,10 +224,10 @@ class Decoder(nnx.Module):
     def step(
         self, tokens: Array, batch: Batch, cos: Array, sin: Array, caches: KVCaches, ops: Ops
     ) -> tuple[Array, KVCaches]:
-        """Run T tokens of each of R sequences through all layers and append to the KV caches; R or T is 1.
+        """Run T tokens of each of R sequences through all layers, and extend the KV caches; R or T is 1.
 
         Args:
-            tokens: ``[R, T]`` int32; tokens at index `length` and above are padding.
+            tokens: ``[R, T]`` int32; tokens beyond the length of their sequence are padding.
             batch: slot, start and length of each sequence.
             cos: ``[Z, S, P]`` for the model's Z RoPEs and the S positions of the context.
             sin: as `cos`.

@@ -1,4 +1,4 @@
-"""The interface of the operations that differ between targets; the rest of a decoder is plain jax.numpy.
+"""The interface of the operations that differ between targets. All other code of a decoder is plain jax.numpy.
 
 `xla_ops.XLA_OPS` is the maths in pure XLA, for the portable StableHLO and for any platform. `cpu_ops.CPU_OPS` calls
 precast's kernels, which read stacked weights and the filled part of the KV cache in place.
@@ -35,7 +35,7 @@ class MixedWeight:
 
     Attributes:
         values: records, uint8 ``[units, 64]``.
-        table: code and first unit of each matrix, int32 ``[L, 2]``.
+        table: for each matrix, the code of its format and its first unit, int32 ``[L, 2]``.
         formats: the format of each matrix, keys of `BLOCK_FORMATS`.
         inputs: number of inputs.
         outs: number of outputs, without padding.
@@ -79,9 +79,9 @@ KVCaches = tuple[KVCache, ...]
 class Batch(NamedTuple):
     """The R sequences of a call: slot, first position and length of each, all ``[R]`` int32.
 
-    The tokens ``0 .. length - 1`` of a sequence take the positions ``start .. start + length - 1`` of its slot. Tokens
-    from index `length` on are padding: they are not written to the cache, and their results are meaningless. In a call
-    with one token for each sequence, idle sequences have length 0 and come last.
+    The tokens ``0 .. length - 1`` of a sequence take the positions ``start .. start + length - 1`` of its slot. Later
+    tokens are padding: they are not written to the cache, and their results are meaningless. In a call with one token
+    for each sequence, idle sequences have length 0 and come last.
     """
 
     slots: Array
@@ -92,8 +92,8 @@ class Batch(NamedTuple):
 class Rotary(NamedTuple):
     """Cosines and sines of the RoPE angles at the tokens of a call, each ``[R, T, P]``.
 
-    RoPE rotates P pairs of a head and leaves the dimensions from 2 P on unchanged. A model with Z RoPEs has Z tables of
-    cosines and sines; until a layer selects its own table, the arrays hold all of them: ``[Z, R, T, P]``.
+    RoPE rotates P pairs of a head and leaves all dimensions except the first 2 P unchanged. A model with Z RoPEs has Z
+    tables of cosines and sines. Until a layer selects its own table, the arrays contain all Z tables, ``[Z, R, T, P]``.
     """
 
     cos: Array

@@ -15,7 +15,7 @@ from .registry import ModelSpec
 # name has neither number, because a parameter is a stack over all layers, or over all experts of all layers.
 LAYERS, EXPERTS = "model.layers.", ".experts."
 # The parameters that are not stacks. Other parameters outside the layers, such as the output head's weight, are stacks
-# with a single entry, because `Linear` and the norms hold stacks.
+# with a single entry, because `Linear` and the norms store stacks.
 _PLAIN = ("model.embed_tokens.weight", "model.embed_positions.weight")
 
 

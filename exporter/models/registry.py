@@ -99,7 +99,7 @@ class ModelSpec:
 
     Attributes:
         model_type: key of the architecture in `ARCHITECTURES`.
-        ropes: the different RoPEs of the layers; ``config.ropes`` has the index of each layer's RoPE.
+        ropes: the different RoPEs of the layers; ``config.ropes`` contains, for each layer, an index into `ropes`.
     """
 
     model_type: str

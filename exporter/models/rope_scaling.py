@@ -16,7 +16,7 @@ ORIGINAL = "original_max_position_embeddings"
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """The frequencies of the P rotated pairs of a head, which take up the first 2 P of its H dimensions.
+    """The frequencies of the P rotated pairs of a head. The pairs take up the first 2 P of its H dimensions.
 
     LongRoPE has two sets of frequencies. At every step, transformers chooses a set by the number of tokens so far. An
     export has to choose once, and chooses by its context length, as vLLM chooses by max_model_len.
@@ -24,7 +24,7 @@ class Rope:
     Attributes:
         frequencies: ``[P]`` float32, radians per position; a pair with frequency 0 is not rotated.
         magnitude: factor of cosines and sines.
-        max_context: largest context for which `frequencies` hold; None for any.
+        max_context: largest context to which `frequencies` apply; None for any context.
         long_frequencies: ``[P]``, for contexts above `max_context`; None if such contexts are refused.
     """
 
@@ -238,7 +238,7 @@ def _yarn_range(base: UnscaledRope, parameters: ConfigReader) -> tuple[float, fl
 
 
 def _longrope(base: UnscaledRope, parameters: ConfigReader) -> Rope:
-    """LongRoPE (Ding et al. 2024): a divisor for each pair, and a second set for longer contexts."""
+    """LongRoPE (Ding et al. 2024): a divisor for each frequency, and other divisors for longer contexts."""
     original = _original(base, parameters, base.max_positions)
     factor = _positive(parameters, "factor", base.max_positions / original)
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

@@ -85,7 +85,7 @@ class Proxy:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """A layer in the form that the kernel ``precast.layers`` takes; see kernels/src/step_codes.h.
+    """A layer in the form that the kernel ``precast.layers`` expects; see kernels/src/step_codes.h.
 
     Attributes:
         codes: eight integers for each step (kind, code and padding).

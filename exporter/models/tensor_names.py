@@ -1,4 +1,4 @@
-"""Tensor names in checkpoints, which differ between models saved with and without their output head."""
+"""Tensor names in checkpoints of models that were saved with or without their output head."""
 
 from dataclasses import dataclass
 

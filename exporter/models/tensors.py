@@ -140,7 +140,10 @@ class _StackReader:
 def _matrices(
     stack: SourceTensor, reader: _StackReader, start: int, stop: int, name: str
 ) -> dict[str, SourceTensor]:
-    """Return the rows ``[start:stop]`` of each matrix in a stack ``[E, rows, in]``; "{}" in `name` is its index."""
+    """Return the rows ``[start:stop]`` of each matrix in a stack ``[E, rows, in]`` as a separate tensor.
+
+    In `name`, "{}" stands for the index of the matrix.
+    """
 
     def read_matrix(matrix: int) -> Callable[[], np.ndarray]:
         return lambda: reader.read(stack, matrix)[start:stop].copy()

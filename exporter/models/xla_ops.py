@@ -43,7 +43,7 @@ GATES: dict[str, Callable[[Array], Array]] = {
 
 
 def _layer_slice(stack: Array, layer: Array) -> Array:
-    # XLA copies the slice unless the index is a constant. In a stack of one, the constant index 0 avoids the copy.
+    # XLA copies a slice whose index is not a constant. In a stack of one, the constant index 0 avoids the copy.
     return stack[0] if len(stack) == 1 else stack[layer]
 
 
@@ -126,7 +126,7 @@ def _multiply(x: Array, matrix: Array, compute: str) -> Array:
     if compute == "float32" or x.shape[0] > 1:
         return _product("MI,OI->MO", x, matrix, compute)
     # With a single row, a GPU spends its time reading the matrix. XLA fuses this sum with the read from the stack of
-    # layers. Before a dot product, XLA would copy the layer's matrix, which triples the bytes to move.
+    # layers. For a dot product, XLA would first copy the layer's matrix and so move three times as many bytes.
     return jnp.sum(matrix.astype(jnp.float32) * x.astype(compute).astype(jnp.float32), axis=-1)[None]
 
 
@@ -196,7 +196,7 @@ def _embed(tokens: Array, weight: Weight, vocab: int, width: int) -> Array:
 
 
 def rotate(x: Array, rotary: Rotary) -> Array:
-    """Apply RoPE to x ``[R, T, N, H]``: rotate the P pairs (i, i + P) of each head, and leave the rest unchanged."""
+    """Apply RoPE to x ``[R, T, N, H]``: rotate the P pairs (i, i + P) of each head; copy all other dimensions."""
     pairs = rotary.cos.shape[-1]
     first, second, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
     cos, sin = rotary.cos[:, :, None], rotary.sin[:, :, None]
@@ -265,7 +265,7 @@ def _to_cache_dtype(cache: KVCache, k: Array, v: Array) -> KVCache:
 
 
 def _read_cache(cache: KVCache, layer: Array, slots: Array, compute: str) -> tuple[Array, Array]:
-    """Return keys and values of some slots in the compute type, each ``[R, K, S, H]``."""
+    """Return a layer's keys and values in some slots, in the compute type, each ``[R, K, S, H]``."""
 
     def load(values: Array, scale: Array | None) -> Array:
         if scale is None:
@@ -346,7 +346,7 @@ def layer_ops(
 
 
 def layer_rotary(ropes: Sequence[int], layer: Array, rotary: Rotary) -> Rotary:
-    """Return a layer's cosines and sines ``[R, T, P]`` out of those of all RoPEs ``[Z, R, T, P]``."""
+    """Select a layer's cosines and sines ``[R, T, P]`` from those of all RoPEs ``[Z, R, T, P]``."""
     if len(rotary.cos) == 1:
         return Rotary(rotary.cos[0], rotary.sin[0])
     which = jnp.asarray(ropes, jnp.int32)[layer]
@@ -379,7 +379,7 @@ def layer_loop(
 
         def body(index: Array, carry: tuple[Array, KVCaches]) -> tuple[Array, KVCaches]:
             x, caches = carry
-            # The kernels take int32, but with JAX_ENABLE_X64 the loop counts in int64.
+            # The kernels expect int32, but with JAX_ENABLE_X64 the loop counts in int64.
             layer = index.astype(jnp.int32)
 
             def attend(q: Array, k: Array, v: Array) -> Array:
@@ -427,8 +427,9 @@ def _attend_in_place(
 ) -> tuple[Array, KVCaches]:
     """Compute the attention of a layer in a model with several KV caches, without copying the caches.
 
-    XLA would copy every cache that a switch returns, so the switch only reads. Before the switch, the keys and values
-    are written to every cache, and XLA drops the writes to the caches of other layers.
+    XLA would copy every cache that a switch returns, so the switch only reads caches. Before the switch, the keys and
+    values are written to all caches. For the caches of other layers, the indices are out of range, so XLA drops the
+    writes.
     """
     q, k, v, rotary, batch = inputs
     layer_table = layer_rotary(stack.ropes, layer, rotary)

@@ -31,7 +31,7 @@ TOKENS = 16
 # deviation). If the lead of the likeliest token is below the threshold, it counts as tied with the second likeliest,
 # because rounding may swap the two.
 #
-# In float32, programs that sum in different orders give logits that differ by about 1e-5 of the spread.
+# In float32, the logits of programs that sum in different orders differ by about 1e-5 of the spread.
 TIE = 1e-3
 # The threshold for activations rounded to 16 bits, and for a KV cache with fewer than 32 bits. The reference has the
 # same weights and rounds in the same way, but if a value is close to a rounding boundary, the reference may round it up
@@ -79,7 +79,7 @@ class Case:
     Attributes:
         prompt: token ids.
         tokens: token ids of the answer.
-        first: the largest logits of the answer's first step, with the difference that is tolerated in each of them.
+        first: the largest logits of the answer's first step, with their tolerance.
     """
 
     prompt: tuple[int, ...]
@@ -105,7 +105,7 @@ def answers(model: Model, tie: float) -> tuple[Case, ...]:
 
     Args:
         model: the artifact, loaded.
-        tie: the result of `tie_of`; times the logits' spread, it is the tolerance of the recorded logits.
+        tie: the result of `tie_of`. The tolerance of the recorded logits is `tie` times the spread of all logits.
     """
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
     completions = [model.generate(prompt, params) for prompt in prompts(model)]

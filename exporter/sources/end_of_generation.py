@@ -1,8 +1,8 @@
 """Search a vocabulary for the tokens that end a generation.
 
-Model files seldom name all of these tokens. Because precast knows their texts, a model stops at the same tokens
-whatever its source. The list of texts is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows
-only the ids that a config names.
+Model files seldom name all of these tokens. The export recognises them by their texts, so a model stops at the same
+tokens whether it comes from a GGUF file or a Hugging Face directory. The list of texts is llama.cpp's
+(`special_eog_ids` in src/llama-vocab.cpp); transformers knows only the ids that a config names.
 """
 
 from collections.abc import Iterable, Mapping

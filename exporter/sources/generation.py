@@ -1,6 +1,7 @@
 """Read generation_config.json: each known key is applied, ignored or refused.
 
-The reference is transformers. The export ignores unknown keys, as transformers does, and names them in a remark.
+The keys have the meaning that they have in transformers. The export ignores unknown keys, as transformers does, and
+names them in a remark.
 """
 
 from collections.abc import Mapping
@@ -153,8 +154,8 @@ KEYS: Mapping[str, Key] = {
     **_refused("eta_cutoff", "removes tokens below a probability", 0, sampling=True),
 }
 
-# transformers' defaults for absent and null keys if do_sample is true. All other options are off by default, both in
-# transformers and in precast.
+# transformers' defaults of keys that are absent or null, if do_sample is true. All other options are off by default,
+# both in transformers and in precast.
 _SAMPLING_DEFAULTS: Mapping[str, object] = {"temperature": 1.0, "top_k": 50}
 # transformers' default max_length. transformers also writes this default to files, so the value says nothing about the
 # model, and the export ignores it.
@@ -173,7 +174,7 @@ class Generation:
     Attributes:
         values: keys of transformers' `GenerationConfig` that are not null.
         sampling: sampling defaults, by field of the manifest's `SamplingDefaults`.
-        remarks: one sentence that names the unknown keys, or nothing.
+        remarks: one sentence that names the unknown keys; empty if there are none.
     """
 
     values: Mapping[str, object]
@@ -212,7 +213,7 @@ def _remarks(path: Path, unknown: list[str]) -> tuple[str, ...]:
 
 
 def read_sampling(path: Path, values: Mapping[str, object]) -> dict[str, object]:
-    """Return the sampling defaults that transformers' `generate` would use.
+    """Return the sampling defaults that `generate` of transformers would use.
 
     Args:
         path: the file, for error messages.

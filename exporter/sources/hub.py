@@ -10,7 +10,7 @@ from .base import Source
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?P<repo>(?:{_NAME}/)?(?P<name>{_NAME}))(?:@(?P<revision>[A-Za-z0-9._/-]+))?")
 
-# Endings of file names. A spec with such an ending means a file that is missing, not a model on the hub.
+# Endings of file names. A spec with one of these endings names a missing file, not a model on the hub.
 _FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth", ".zip", ".onnx")
 
 # The files to fetch. Pickles and Python code are never fetched.

@@ -45,7 +45,7 @@ def build_target(
         on_built: called with each program that has been written.
 
     Raises:
-        PrecastError: the compiler gives the KV cache different layouts in different programs.
+        PrecastError: the compiler chooses different layouts of the KV cache for different programs.
     """
     if kind.runtime == "savedmodel":
         return build_savedmodel(kind, programs, root, created, on_built)
@@ -136,8 +136,7 @@ def _compile(
 ) -> tuple[Target, dict[str, bytes], dict[str, Compilation]]:
     """Compile the programs of `source` for an instruction set.
 
-    The executables of the first target are stored in the folder of the StableHLO, and those of other targets in
-    folders of their own.
+    The executables of the first target are stored in the folder of the StableHLO. Each other target has its own folder.
     """
     names = {str(p.stablehlo) for p in source.programs}
     return compile_target(
@@ -284,7 +283,7 @@ def _program(spec: ProgramSpec, stem: str, compiled: jax.stages.Compiled | None)
 
 
 def _with_layouts(values: Sequence[Value], formats: Sequence[Any]) -> tuple[Value, ...]:
-    """Return values with the layouts that the compiler chose, as permutations of their current layouts."""
+    """Return values with the layouts that the compiler chose; `formats` permutes the current layouts."""
     return tuple(
         dataclasses.replace(v, layout=tuple(v.layout[axis] for axis in f.layout.major_to_minor))
         for v, f in zip(values, formats, strict=True)

@@ -71,7 +71,7 @@ def build_savedmodel(
     Args:
         kind: the kind of target.
         programs: the programs, of pure XLA operations.
-        root: the artifact's folder, which has the weights already.
+        root: the artifact's folder, which already contains the weights.
         created: day of the export.
         on_built: called with each program that has been lowered.
 
@@ -83,7 +83,7 @@ def build_savedmodel(
     folder = root / "programs" / kind.name
     with without_source_locations(), _quietly():
         records = _write(kind, programs, root, folder, on_built)
-    gc.collect()  # TensorFlow's functions are reference cycles that hold the variables
+    gc.collect()  # TensorFlow's functions are reference cycles, which keep the variables alive
     # The fingerprint contains a random number, so exports would differ; no reader needs the fingerprint.
     (folder / "fingerprint.pb").unlink(missing_ok=True)
     for empty in [path for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())]:
@@ -99,7 +99,7 @@ def build_savedmodel(
         kernel_abi=0,
         kernels=(),
         xla_flags="",
-        # The SavedModel contains StableHLO written by jax.export, so the promise of `STABLEHLO_LIFE` holds for it.
+        # The SavedModel contains StableHLO written by jax.export, so `STABLEHLO_LIFE` applies to it.
         stablehlo_expires=(created + STABLEHLO_LIFE).isoformat(),
         programs=records,
     )

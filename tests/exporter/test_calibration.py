@@ -241,8 +241,8 @@ def test_inputs_too_large_for_float32_are_refused(tiny_source, export_tiny, text
     with pytest.raises(PrecastError) as raised:
         export_tiny(tiny_source(tensors={name: large}), weights="int4", calibrate=text)
     assert str(raised.value) == (
-        f"{text}: the inputs that this text gives to layer 1 are too large to calibrate with; name another text with"
-        " --calibrate, or round without one: --weights int4."
+        f"{text}: with this text, the inputs of layer 1 are too large for calibration; name another text with"
+        " --calibrate, or use --weights int4 without calibration."
     )
 
 
@@ -253,5 +253,5 @@ def test_values_that_are_not_finite_are_refused(tiny_source, export_tiny, text: 
     with pytest.raises(PrecastError) as raised:
         export_tiny(tiny_source(tensors={name: values}), weights="int4", calibrate=text)
     assert str(raised.value) == (
-        f"{name}: the tensor holds values that are not finite numbers; fetch the checkpoint again."
+        f"{name}: the tensor contains values that are not finite numbers; fetch the checkpoint again."
     )

@@ -129,7 +129,7 @@ def test_a_type_that_no_format_holds_is_named(tiny_source: Callable[[], Source])
     plan = plan_weights(dataclasses.replace(tiny_source(), tensors=tensors), [up], tied=False)
     formats = with_source_formats(formats_of([up], SOURCE), plan)
     assert widened_remark(formats, plan) == (
-        "storing up in float32, because no block format holds b (IQ4_XS) to the bit; --weights int8 takes less space"
+        "storing up in float32, because no block format represents b (IQ4_XS) exactly; --weights int8 takes less space"
     )
 
 
@@ -141,8 +141,8 @@ def test_a_float_matrix_among_quantised_ones_is_named(tiny_source: Callable[[], 
     plan = plan_weights(dataclasses.replace(tiny_source(), tensors=tensors), [up, down], tied=False)
     formats = with_source_formats(formats_of([up, down], SOURCE), plan)
     assert widened_remark(formats, plan) == (
-        "storing up and 1 more in float32, because no block format holds b (bfloat16) to the bit; --weights int8 takes"
-        " less space"
+        "storing up and 1 more in float32, because no block format represents b (bfloat16) exactly; --weights int8"
+        " takes less space"
     )
 
 
@@ -157,7 +157,7 @@ def test_a_scaled_matrix_is_stored_in_float32(tiny_source: Callable[[], Source],
     assert formats == {"up": "float32"}
     remark = widened_remark(formats, plan)
     assert remark is not None
-    assert f"holds a ({kind or 'bfloat16'}, scaled) to the bit" in remark
+    assert f"represents a ({kind or 'bfloat16'}, scaled) exactly" in remark
 
 
 # --- how they are stored ------------------------------------------------------------------------------------------

@@ -31,7 +31,10 @@ def test_sources_that_do_not_fit_together(export_refusal, tiny_source):
             f"tiny: tensor {name!r} has shape [23, 48], but the config requires [24, 48]",
         ),
         (tiny_source(tensors={"odd": values}), "tiny: tensor 'odd' belongs to no parameter of the model"),
-        (tiny_source(tensors={name: values}), f"{name}: the tensor holds values that are not finite numbers"),
+        (
+            tiny_source(tensors={name: values}),
+            f"{name}: the tensor contains values that are not finite numbers",
+        ),
         (
             tiny_source(config={"vocab_size": 299}),
             "the tokenizer has ids up to 299, not counting added tokens, but the model embeds only 299 tokens",

@@ -320,7 +320,7 @@ def test_an_unknown_tensor(gguf_spec, tmp_path):
     for name in ("blk.0.attn_q_norm.weight", "rope_factors_long.weight", "blk.0.ffn_gate_exps.weight", "odd"):
         spec = gguf_spec(tensors=gguf_spec().tensors | {name: np.ones(4, np.float32)})
         assert (
-            f"holds the unknown tensor {name}, which may change the maths; use the model's Hugging Face checkpoint."
+            f"contains the unknown tensor {name}, which may change the maths; use the model's Hugging Face checkpoint."
             in refusal(spec.write(tmp_path))
         )
 

@@ -331,7 +331,7 @@ def test_the_same_metadata_gives_the_same_bytes(tiny):
             "lacks the metadata key tokenizer.ggml.pre, which names the pre-tokenizer; convert the model again with a",
         ),
         ({"model": "rwkv"}, "expected tokenizer.ggml.model to be gpt2 or llama, found rwkv"),
-        ({"tokens": None}, "holds no vocabulary (tokenizer.ggml.tokens)"),
+        ({"tokens": None}, "contains no vocabulary (tokenizer.ggml.tokens)"),
         ({"token_type": [1]}, "tokens but 1 token types"),
         ({"merges": None}, "lacks the metadata key tokenizer.ggml.merges"),
         ({"merges": ["a b c"]}, "expected merges of two tokens, found 'a b c'"),

@@ -177,7 +177,7 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(source):
 def test_values_that_are_not_finite_are_refused(source, tmp_path, values):
     array = source.arrays[UP].copy()
     array.reshape(-1)[-len(values) :] = values
-    with pytest.raises(PrecastError, match=f"^{UP}: the tensor holds values that are not finite numbers"):
+    with pytest.raises(PrecastError, match=f"^{UP}: the tensor contains values that are not finite numbers"):
         write(tmp_path / "w", source(**{UP.replace(".", "__"): tensor(array)}))
 
 
@@ -258,7 +258,7 @@ def test_the_file_is_reproducible(source, tmp_path):
 def test_a_value_too_large_for_a_format_is_named(source, tmp_path):
     array = source.arrays[UP].copy()
     array[1, 1] = 1e6
-    with pytest.raises(PrecastError, match=f"^{UP}: holds a value of 1e\\+06, expected at most 65504"):
+    with pytest.raises(PrecastError, match=f"^{UP}: contains a value of 1e\\+06, expected at most 65504"):
         write(tmp_path / "w", source(**{UP.replace(".", "__"): tensor(array)}), weights="int4")
 
 
@@ -267,7 +267,7 @@ def test_a_value_too_large_for_a_format_is_named(source, tmp_path):
 def test_values_that_are_not_finite_are_refused_in_every_format(source, tmp_path, weights, value):
     array = source.arrays[UP].copy()
     array[1, 1] = value
-    with pytest.raises(PrecastError, match=f"^{UP}: the tensor holds values that are not finite numbers"):
+    with pytest.raises(PrecastError, match=f"^{UP}: the tensor contains values that are not finite numbers"):
         write(tmp_path / "w", source(**{UP.replace(".", "__"): tensor(array)}), weights=weights)
 
 
@@ -358,7 +358,7 @@ def test_blocks_with_scales_that_are_not_finite_are_refused(tiny_source, tmp_pat
     coefficients = list(blocks.coefficients)
     coefficients[part] = broken
     blocks = dataclasses.replace(blocks, coefficients=tuple(coefficients))
-    with pytest.raises(PrecastError, match=r"^up: the tensor holds values that are not finite numbers"):
+    with pytest.raises(PrecastError, match=r"^up: the tensor contains values that are not finite numbers"):
         write_blocks(tmp_path / "w", blocky(tiny_source, blocks), "int4")
 
 

@@ -73,7 +73,7 @@ class GPT2Layers(nnx.Module):
 def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
     """Give tensors Llama's names, transpose matrices to ``[out, in]``, and split the fused q, k and v."""
     prefix = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
-    # Llama's old checkpoints have masks too, with names that `plan_weights` ignores. Give GPT-2's masks these names.
+    # `plan_weights` ignores masks under the names that old Llama checkpoints use. Give GPT-2's masks such names.
     left = {n.replace(".attn.", ".self_attn.") if n.endswith(_MASKS) else n: t for n, t in tensors.items()}
     made = {
         "model.embed_tokens.weight": take(left, f"{prefix}wte.weight", (config.vocab, config.width)),

@@ -23,8 +23,8 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
 def late_windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
     """Return the window of each layer.
 
-    If ``use_sliding_window`` is true and ``layer_types`` is absent, the layers from index ``max_window_layers`` on have
-    a window.
+    If ``use_sliding_window`` is true and ``layer_types`` is absent, all layers except the first ``max_window_layers``
+    have a window.
     """
     if not reader.take_bool("use_sliding_window", False):
         reader.take("sliding_window")

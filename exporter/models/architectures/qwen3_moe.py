@@ -21,7 +21,7 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
     reader.expect("decoder_sparse_step", 1)
     for training in ("output_router_logits", "router_aux_loss_coef"):
         reader.take(training)
-    reader.take("max_window_layers")  # a key of Qwen3; here all layers have the same window
+    reader.take("max_window_layers")  # has an effect only in Qwen3; here all layers have the same window
     config = read_common_keys(reader, max_positions=32768, kv_heads=4, attention_bias=True)
     config = replace(
         config,

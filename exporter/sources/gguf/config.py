@@ -56,7 +56,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_parallel_residual": (False,),
 }
 
-# Keys about the making of the model and the file.
+# Keys that describe how the model and the file were made.
 _HARMLESS = frozenset({"tensor_data_layout", "rope.scaling.finetuned"})
 
 

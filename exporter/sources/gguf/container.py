@@ -62,7 +62,7 @@ class _Entry:
     Attributes:
         axes: shape, innermost axis first.
         type: number of the type in the format.
-        offset: offset of the data from the start of the section that holds the data of all tensors.
+        offset: offset of the data from the start of the section that contains the data of all tensors.
         at: offset of the header entry in the file.
     """
 
@@ -132,7 +132,7 @@ class _Cursor:
         return len(self._data)
 
     def read(self, count: int, what: str) -> memoryview:
-        """Read `count` bytes; `what` names them in errors."""
+        """Read `count` bytes; `what` names these bytes in errors."""
         left = len(self._data) - self.at
         if count > left:
             raise self.error(
@@ -150,12 +150,12 @@ class _Cursor:
         return taken
 
     def number(self, letter: str, what: str) -> Any:
-        """Read one number, of the type that `letter` denotes in `struct`; `what` names it in errors."""
+        """Read one number of the type that `letter` denotes in `struct`; `what` names the number in errors."""
         form = struct.Struct(f"<{letter}")
         return form.unpack(self.read(form.size, what))[0]
 
     def text(self, what: str, longest: int | None = None) -> memoryview:
-        """Read the length of a string, then the string; `what` names it in errors."""
+        """Read the length of a string, then the string itself; `what` names the string in errors."""
         start = self.at
         length = self.number("Q", f"the length of {what}")
         if longest is not None and length > longest:
@@ -321,7 +321,7 @@ def _stored(
         raise cursor.error(
             entry.at,
             f"expected the tensor {name} to lie inside the file, at a multiple of {alignment} bytes, found"
-            f" {length:,} bytes from byte {begin:,} on in a file of {cursor.length:,}, so the file is truncated or"
+            f" {length:,} bytes at byte {begin:,} of a file of {cursor.length:,}, so the file is truncated or"
             " damaged; fetch it again",
         )
     rows = tuple(reversed(entry.axes[1:]))

@@ -27,7 +27,7 @@ _REFUSED = {"mirostat": 0, "xtc_probability": 0}
 
 
 def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids of the tokens that end a generation: tokens that a key names, and tokens with a known text."""
+    """Return the ids of the tokens that end a generation: those that a key names, then those with a known text."""
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
     types = repaired_types(tokens, types, metadata)
@@ -43,9 +43,9 @@ def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, object]:
-    """Return the recommended sampler, which newer converters copy from generation_config.json.
+    """Return the sampling parameters that the file recommends, by field of the manifest's `SamplingDefaults`.
 
-    The export checks the ranges of the values later.
+    Newer converters copy them from generation_config.json. The export checks the ranges of the values later.
 
     Raises:
         PrecastError: the file recommends a sampler that precast does not have.

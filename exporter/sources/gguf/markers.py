@@ -26,7 +26,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def mistyped_markers(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
-    """Return the ids of chat markers that have the token type of ordinary text.
+    """Return the ids of chat markers with a wrong type: normal or, for markers in `_KNOWN`, user-defined.
 
     Args:
         tokens: the text of each token, by id.

@@ -67,7 +67,7 @@ def _stated(reader: MetadataReader) -> dict[str, object] | None:
 def _recover_llama3(
     reader: MetadataReader, theta: float, rotated: int, factors: np.ndarray
 ) -> dict[str, object] | None:
-    """Return the Llama 3 scaling behind `factors`, or None if all factors are 1.
+    """Return the Llama 3 scaling that results in `factors`, or None if all factors are 1.
 
     llama.cpp's converter stores the scaling as one divisor per frequency. This function computes the divisors from the
     published constants, and refuses a file with other divisors.
@@ -125,7 +125,7 @@ def _longrope(reader: MetadataReader, rotated: int, factors: Mapping[str, np.nda
 
 
 def _shortest(factors: np.ndarray) -> list[float]:
-    """Return the shortest decimal that gives each float32, such as 1.1 instead of 1.10000002."""
+    """Return each float32 as the shortest decimal that rounds to it: 1.1, not 1.10000002."""
     return [float(str(value)) for value in factors]
 
 

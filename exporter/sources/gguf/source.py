@@ -106,7 +106,7 @@ def _token(path: Path, metadata: Mapping[str, Any], key: str) -> str | None:
 
 
 def _named_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Return the named chat templates, without the default. Each has a key of its own, which ends in its name."""
+    """Return the chat templates by name, without the default. The metadata key of each template ends in its name."""
     prefix = f"{_TEMPLATE}."
     keys = sorted(key for key in metadata if key.startswith(prefix) and key != f"{prefix}default")
     for key in keys:

@@ -17,7 +17,7 @@ from ..base import QuantisedBlocks, SourceTensor
 from .architectures import GgufArchitecture
 from .blocks import read_blocks
 
-# Rows dequantised at a time; small, because the library holds two copies of a call's result.
+# Number of rows dequantised at a time. It is small, because the library makes two copies of a call's result.
 _SLAB = 512
 
 _NAME = re.compile(r"(?:(?P<layer>blk\.\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
@@ -62,7 +62,7 @@ def source_tensors(
         match = _NAME.fullmatch(gguf_name)
         if match is None or match["part"] not in architecture.names:
             raise PrecastError(
-                f"{path}: holds the unknown tensor {gguf_name}, which may change the maths; use the model's Hugging"
+                f"{path}: contains the unknown tensor {gguf_name}, which may change the maths; use the model's Hugging"
                 " Face checkpoint."
             )
         layer = match["layer"].replace("blk", "model.layers") + "." if match["layer"] else ""
@@ -77,7 +77,7 @@ def source_tensors(
 
 
 def _matrices(path: Path, gguf_name: str, name: str, tensor: GgufTensor) -> Iterator[tuple[str, GgufTensor]]:
-    """Yield each expert's matrix of a stack ``[E, …]``, or the tensor itself if it is not a stack."""
+    """Yield the name and matrix of each expert in a stack ``[E, …]``; a tensor that is not a stack is yielded whole."""
     if "{}" not in name:
         yield name, tensor
         return

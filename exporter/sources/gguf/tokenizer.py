@@ -24,8 +24,8 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> bytes:
     """Return the tokenizer.json of a GGUF file.
 
     Control and unknown tokens become special added tokens, user-defined tokens become added tokens, and unused tokens
-    are left out. Two metadata keys tell whether texts get a BOS and an EOS token; llama.cpp's defaults apply without
-    them.
+    are left out. Two metadata keys state whether texts get a BOS and an EOS token. If a key is absent, llama.cpp's
+    default applies.
 
     Args:
         path: the file, for messages.
@@ -147,8 +147,8 @@ def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
 def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
     """Return the vocabulary with spaces in place of ▁ in user-defined tokens that consist of ▁ alone.
 
-    Gemma has tokens for runs of spaces. The text is searched for them before its spaces become ▁, so the tokens must
-    contain spaces. Older converters wrote these tokens with ▁.
+    Gemma has tokens for runs of spaces. The tokenizer searches the text for these tokens before it replaces spaces with
+    ▁, so the tokens must contain spaces. Older converters wrote them with ▁.
     """
     pairs = zip(vocabulary.tokens, vocabulary.types, strict=True)
     tokens = [

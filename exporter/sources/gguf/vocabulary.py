@@ -12,8 +12,8 @@ from .markers import repaired_types
 
 _PREFIX = "tokenizer.ggml."
 
-# Keys that the tokenizer's reader uses, and keys that are accepted only with a value that has no effect. Keys that end
-# in _token_id are harmless.
+# Keys that the readers of the vocabulary and the tokenizer use, and keys that are accepted only with a value that has
+# no effect. All keys that end in _token_id are accepted.
 _KNOWN = frozenset(
     {
         "model",
@@ -91,7 +91,9 @@ def read_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
     """
     tokens = metadata.get(f"{_PREFIX}tokens")
     if not isinstance(tokens, list) or not tokens:
-        raise PrecastError(f"{path}: holds no vocabulary (tokenizer.ggml.tokens); convert the model again.")
+        raise PrecastError(
+            f"{path}: contains no vocabulary (tokenizer.ggml.tokens); convert the model again."
+        )
     types = metadata.get(f"{_PREFIX}token_type") or [int(TokenType.NORMAL)] * len(tokens)
     vocabulary = Vocabulary(path=path, metadata=metadata, tokens=tokens, types=types)
     if len(types) != len(tokens):

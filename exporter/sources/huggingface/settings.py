@@ -1,7 +1,8 @@
 """Read tokenizer_config.json: each known key is applied, ignored or refused, and a remark names the unknown keys.
 
-The reference is transformers 5.23: tokenizer.json defines the normaliser, pre-tokenizer, decoder and post-processor;
-tokenizer_config.json defines added tokens, special tokens and chat templates.
+The keys have the meaning that they have in transformers 5.23. There, tokenizer.json defines the normaliser,
+pre-tokenizer, decoder and post-processor, and tokenizer_config.json defines added tokens, special tokens and chat
+templates.
 """
 
 from collections.abc import Callable, Mapping
@@ -99,7 +100,8 @@ def _replaces_pre_tokenizer(value: object, document: Mapping[str, Any]) -> bool:
 
 
 _SAVE_AGAIN = "save the tokenizer again (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
-# Keys that may be refused: a function that returns True for a refused value, and the words after the key in the error.
+# Keys that may be refused. Each has a function that returns True for a refused value, and the words that follow the key
+# in the error.
 _REFUSED: Mapping[str, tuple[Callable[[object, Mapping[str, Any]], bool], str]] = {
     "auto_map": (
         _names_code,

@@ -39,7 +39,7 @@ def template_files(folder: Path) -> list[Path]:
 def chat_templates(folder: Path, tokens: Mapping[str, str]) -> Templates:
     """Return a directory's chat templates.
 
-    Template files override tokenizer_config.json, as in transformers. The older chat_template.json counts only if
+    Template files override tokenizer_config.json, as in transformers. The older chat_template.json is used only if
     there are no other templates. The returned templates define the special tokens that they use, except bos_token and
     eos_token, which the artifact's tokenizer passes to them.
 
@@ -82,7 +82,7 @@ def _from_config(path: Path) -> dict[str, str]:
 
 
 def with_tokens(template: str, tokens: Mapping[str, str]) -> str:
-    """Return a template that begins with definitions of the special tokens that it uses, except BOS and EOS."""
+    """Prepend definitions of special tokens to a template: of those that the template uses, except BOS and EOS."""
     lines = [
         # A JSON string is also a string in Jinja. trim_blocks removes the line end after the tag.
         f"{{% set {key} = {json.dumps(text, ensure_ascii=False)} %}}\n"

@@ -75,7 +75,7 @@ def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer")
 
 
 def _rename_extra(settings: dict[str, object]) -> None:
-    """Move the list of unnamed special tokens to its newer key, unless that key already has tokens."""
+    """If the newer key of unnamed special tokens has no tokens, move the list of the older key to it."""
     if _EXTRA_BEFORE in settings and not settings.get(_EXTRA):
         settings[_EXTRA] = settings.pop(_EXTRA_BEFORE)
 

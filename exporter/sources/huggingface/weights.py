@@ -94,7 +94,7 @@ _TRACES = (
 
 
 def find_shards(folder: Path) -> dict[str, frozenset[str]]:
-    """Return the weight files, each with the tensor names that the index lists for it (none if there is no index).
+    """Return the weight files, each with the names of its tensors in the index; without an index, there are no names.
 
     Raises:
         PrecastError: there are no weight files, or the index is broken or lists a missing file.
@@ -220,7 +220,7 @@ def _read_header(path: Path) -> dict[str, SourceTensor]:
 
 
 def _trace(names: Iterable[str], dtype: str) -> str | None:
-    """Return the quantisation method that the names of tensors suggest, or else `dtype`; None if neither does."""
+    """Return the quantisation method that the tensors' names, or else `dtype`, suggest; None if neither does so."""
     found = {method for ending, method in _TRACES for name in names if name.endswith(ending)}
     fallback = "fp8" if dtype.startswith("F8_") else None
     return next((method for _, method in _TRACES if method in found), fallback)
@@ -246,7 +246,7 @@ def _read_tensor(path: Path, name: str) -> np.ndarray:
 
 @contextmanager
 def _open_shard(path: Path) -> Iterator[Any]:
-    """Yield the open shard; safetensors has checked that its header agrees with its length.
+    """Yield the open shard, after safetensors has checked that the header agrees with the length of the file.
 
     Raises:
         PrecastError: the file is not a complete safetensors file.
