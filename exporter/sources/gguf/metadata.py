@@ -1,7 +1,7 @@
 """A GGUF file's metadata.
 
-`check_types` checks the types of all general keys once, so that readers can rely on these types. `MetadataReader` gives
-typed access to the keys of an architecture.
+`check_types` checks the types of all general keys once, so that readers can rely on these types. `MetadataReader`
+provides typed access to the keys of an architecture.
 """
 
 from collections.abc import Callable, Mapping
@@ -102,7 +102,7 @@ class MetadataReader:
 
     Attributes:
         path: the file, for messages.
-        prefix: name of the architecture, with which its keys begin.
+        prefix: name of the architecture, which is the prefix of its keys.
         metadata: all metadata of the file.
     """
 

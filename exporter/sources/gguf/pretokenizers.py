@@ -38,7 +38,7 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 def _words(*, digits: str) -> tuple[Mapping[str, object], ...]:
     """Return steps that split as cl100k, Llama 3 and Qwen2 do.
 
-    The three differ only in `digits`, the pattern of a piece of digits.
+    These tokenizers differ only in `digits`, the pattern of a piece of digits.
     """
     letters, others = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     return _split("|".join((_ENDINGS, letters, digits, others, _SPACES))), _byte_level(use_regex=False)

@@ -252,7 +252,7 @@ def _bpe(
 
 
 def _spell_merges(merges: list[list[str]]) -> list[str] | list[list[str]]:
-    """Return merges in the older form, "a b", if possible, because it loads in two thirds of the time.
+    """Return merges in the older form, "a b", if possible, because that form loads in two thirds of the time.
 
     In the older form, a token cannot contain a space, and a merge that begins with "#version" would be read as a
     comment.

@@ -123,7 +123,7 @@ _REFUSED: Mapping[str, tuple[Callable[[object, Mapping[str, Any]], bool], str]] 
 
 
 def _cleans_up(settings: Mapping[str, object], document: Mapping[str, Any]) -> bool:
-    """Return True if transformers would remove spaces from decoded text; for BPE, two keys have to ask for it."""
+    """Return True if transformers would remove spaces from decoded text; for BPE, two keys must request that."""
     forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     is_bpe = (document.get("model") or {}).get("type") == "BPE"
     return bool(settings.get("clean_up_tokenization_spaces")) and (not is_bpe or bool(forced))
