@@ -19,7 +19,7 @@ class AsyncReaders:
 
     def __init__(self) -> None:
         # Reentrant, because the garbage collector may close a waiting coroutine in the thread that holds the lock, and
-        # `wait` then acquires the lock again. This changes no entry, because an entry keeps its coroutines alive.
+        # `wait` then acquires the lock again. This changes no entry, because entries keep their readers alive.
         self._lock = RLock()
         # The waiting readers of each event loop. A loop has an entry from the submission to the end of its job, which
         # runs the steps for its readers.

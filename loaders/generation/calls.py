@@ -14,7 +14,7 @@ class Results(NamedTuple):
 
     Attributes:
         tokens: the greedy token of each result, [R].
-        logits: float32 [R, V]; None if every sequence is greedy.
+        logits: the logits of each result, float32 [R, V]; None if every sequence is greedy.
     """
 
     tokens: list[int]

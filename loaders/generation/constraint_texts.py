@@ -20,7 +20,7 @@ _LONGEST = {"json_schema": 100_000, "regex": 10_000, "grammar": 20_000, "choice"
 _DEEPEST = 100
 # Every further regular expression in an intersection doubles the time. An intersection of 16 takes a second.
 _MOST_INTERSECTED = 12
-# Maximum of `multipleOf` without its decimal point. Some values around ten million take llguidance hours.
+# Maximum of `multipleOf` with its decimal point removed. Some values around ten million take llguidance hours.
 _MOST_REMAINDERS = 1_000_000
 
 

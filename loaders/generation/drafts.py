@@ -4,7 +4,7 @@ Answers such as rewritten code, JSON and quotations repeat parts of their prompt
 before, the tokens that followed the earlier occurrence are likely to follow again. The method is Saxena's prompt lookup
 decoding (https://github.com/apoorvumang/prompt-lookup-decoding).
 
-The length of a draft is chosen for the most tokens per second. This rate is the expected number of accepted tokens,
+The length of a draft maximises the expected tokens per second. This rate is the expected number of accepted tokens,
 divided by the measured time of a call that verifies the draft. The expected number depends on the length of the match.
 It is learnt by comparing every match with the tokens that actually follow, even if the match led to no draft.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 # Minimum length of a match, in tokens.
 _SHORTEST = 2
-# Number of matches that are compared, the latest ones. The longest match is used, and the latest of equally long ones.
+# Number of the latest matches that are compared. The longest match is used, or the latest of several longest matches.
 _CANDIDATES = 16
 # Matches are divided into classes by length. This is the minimum length of each class.
 _CLASSES = (2, 3, 4, 6, 9, 16)

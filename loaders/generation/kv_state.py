@@ -1,8 +1,8 @@
 """Copy keys and values between the slots of a KV cache and arrays on the host.
 
-For n positions, the arrays of a slot are ``[L, K, n, H]``, and ``[L, K, n]`` for scales. Their elements are bit
-patterns, stored in unsigned integers of the same width as the cache's type. NumPy has no bfloat16, and copies integers
-faster than the types of extension packages.
+For n positions, the arrays of a slot have the shape ``[L, K, n, H]``, or ``[L, K, n]`` for scales. Their elements are
+bit patterns, stored in unsigned integers of the same width as the cache's type. NumPy has no bfloat16, and copies
+integers faster than the types of extension packages.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -79,7 +79,7 @@ class SchedulerStats(Frozen):
     """Counts of a scheduler's sequences and slots, and of its work so far.
 
     Attributes:
-        running: sequences that hold a slot.
+        running: sequences that occupy a slot.
         waiting: sequences whose prompt the model has not begun to read.
         slots: slots of the KV caches in use.
         steps: calls of the engine.
@@ -316,7 +316,7 @@ class Scheduler:
         )
 
     def _begin_prompt(self, began: float) -> tuple[TokenSequence, Batch] | None:
-        """Give a slot to the first sequence in the queue; return None if the queue is empty or no slot is free."""
+        """Give a slot to the first queued sequence; return the sequence and its batch, or None if either is missing."""
         while self._waiting:
             batch = next((b for b in self._batches if None in b.sequences), None)
             if batch is None and len(self._batches) == self._most_caches:

@@ -17,7 +17,7 @@ class StopStrings:
     the same character, the longest wins. The text before the match is shown. While no match is complete, the filter
     holds back the longest suffix that could begin a stop string.
 
-    The time for a piece is linear in the number of stop strings, and quadratic in the length of the longest one.
+    The time for a piece is linear in the number of stop strings, and quadratic in the length of the longest string.
 
     Raises:
         PrecastError: `stops` is not a list of strings, or a stop string is empty and would match everywhere.
@@ -57,6 +57,6 @@ class StopStrings:
         return held
 
     def _may_begin_stop(self, text: str) -> bool:
-        # If any stop string begins with `text`, so does the first one in sorted order that is not below `text`.
+        # The stop strings are sorted. If any of them begins with `text`, the first one that is not below `text` does.
         index = bisect_left(self._stops, text)
         return index < len(self._stops) and self._stops[index].startswith(text)

@@ -87,7 +87,7 @@ def open_prefix(root: Path, manifest: Manifest, prefix: Prefix, *, rehash: bool 
 
 
 def tokens_json(tokens: Sequence[int]) -> bytes:
-    """Return the contents of the file that holds a prefix's tokens."""
+    """Return the contents of the file with a prefix's tokens."""
     return json.dumps(list(tokens)).encode()
 
 

@@ -29,7 +29,7 @@ class Timing(Frozen):
     Attributes:
         prefill_s: seconds from the start of reading the prompt to the first token.
         decode_s: seconds from the first token to the last.
-        decode_tokens_per_s: number of tokens after the first, divided by `decode_s`; 0 without such tokens.
+        decode_tokens_per_s: number of tokens after the first, divided by `decode_s`; 0 if there are none.
         queue_s: seconds from submission to the start of reading the prompt. A stream is submitted at its first read.
         cached_tokens: number of tokens at the start of the prompt whose keys and values came from an earlier prompt or
             answer. The model did not read these tokens.
@@ -136,7 +136,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     A piece contains no incomplete character and no part of a stop string. The generation starts when the first piece is
     read. While a reader waits for a piece, its thread computes, or waits for another thread that computes. Streams of
-    one model advance together, each by up to 64 pieces ahead of its reader. The slot in the KV cache is freed at the
+    one model advance together, each at most 64 pieces ahead of its reader. The slot in the KV cache is freed at the
     end of the generation, by `close`, at the end of a ``with`` block, or with the last reference to the stream,
     whichever comes first.
 
@@ -193,7 +193,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         return part
 
     def _is_over(self) -> bool:
-        """Return True if all parts of the answer have been read; raise the sequence's error if it failed."""
+        """Return True if all parts of the answer have been read; raise the error of a failed sequence."""
         sequence = self._sequence
         if not sequence.ended or sequence.unread or not self._is_parsed:
             return False
