@@ -8,7 +8,7 @@ if __name__ == "__main__":
 
     folder = os.path.dirname(os.path.abspath(__file__))
     if find_spec("precast") is None and os.path.basename(folder) == "precast":
-        # A clone that is not installed also serves as the package.
+        # Use this clone as the package, because precast is not installed.
         sys.path.insert(1, os.path.dirname(folder))
     try:
         from precast.start import main as start
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from precast.loaders.audit.evaluate import Scorer
     from precast.loaders.console.run import AnswerOptions, LoadOptions, SamplingOptions
 
-# Hide XLA's notes about devices from users; errors still show. XLA reads this variable when it is loaded.
+# Hide XLA's notes about devices, but not its errors. XLA reads this variable when it is loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
 
@@ -49,54 +49,58 @@ def main() -> None:
 @click.option(
     "--buckets",
     callback=options.numbers,
-    help="Prompt lengths to compile prefill for. Default: 64,128,512, as far as the context length allows.",
+    help="Prompt lengths for which prefill is compiled. Default: those of 64,128,512 that fit the context.",
 )
 @click.option(
     "--context",
     type=int,
-    help="Context length: the maximum number of tokens in a sequence. Default: 2048, or the model's limit if lower.",
+    help="Context length: the maximum number of tokens in a sequence. Default: 2048, or the model's limit if that is"
+    " lower.",
 )
 @click.option(
     "--slots",
     type=int,
-    help="Number of sequences decoded together. Default: 8, or fewer where idle slots cost memory or time.",
+    help="Maximum number of sequences decoded together. Default: 8, or fewer if idle slots would cost too much memory"
+    " or time.",
 )
 @click.option(
     "--weights",
     default="int8",
     show_default=True,
-    help="Format of the weights: float32, bfloat16, int8, int4; source: as in the checkpoint.",
+    help="Format of the weights: float32, bfloat16, int8 or int4, or source for the checkpoint's own format.",
 )
 @click.option(
     "--kv-cache",
-    help="Format of keys and values: float32, bfloat16, int8. Default: float32 with float32 weights, else bfloat16.",
+    help="Format of keys and values: float32, bfloat16 or int8. Default: float32 with float32 weights, otherwise"
+    " bfloat16.",
 )
 @click.option(
     "--target",
     "targets",
     multiple=True,
-    help="Target to build: cpu, portable, savedmodel, cuda. May be given several times. Default: cpu and portable.",
+    help="Target to build: cpu, portable, savedmodel or cuda. May be given several times. Default: cpu and portable.",
 )
 @click.option(
     "--cpu-isa",
     "cpu_isas",
     multiple=True,
-    help="Instruction set to compile target cpu for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all features of"
-    " this machine. May be given several times. Default: x86-64-v2, or native on a machine without x86-64-v2.",
+    help="Instruction set for which the target cpu is compiled: x86-64-v2, x86-64-v3, x86-64-v4, or native for all"
+    " features of this machine. May be given several times. Default: x86-64-v2, or native on a machine without"
+    " x86-64-v2.",
 )
 @click.option(
     "--bits",
     type=float,
     metavar="BITS",
-    help="Choose a format of 4 to 8 bits for each matrix, so that a weight takes at most BITS bits on average, for"
-    " example 5.5, and the model loses least. Takes the place of --weights, and minutes.",
+    help="Choose a format of 4 to 8 bits for each matrix, so that weights have at most BITS bits on average (for"
+    " example 5.5) and the model loses as little accuracy as possible. The choice takes minutes. Replaces --weights.",
 )
 @click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text to read while weights are rounded with --weights int4 or --bits, so that the errors of the layers'"
-    " outputs are smallest. Takes minutes. Default with --bits: the documentation that Python contains.",
+    help="Calibrate with this text: with --weights int4 or --bits, round the weights so that the outputs of the layers"
+    " on this text change least. Takes minutes. Default with --bits: the documentation that Python contains.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 def export(
@@ -147,9 +151,11 @@ def export(
 @click.option(
     "-p",
     "--prompt",
-    help="Text to continue, or to answer with --chat. Default: standard input; one newline at its end is dropped.",
+    help="Text to continue, or with --chat, the message to answer. Default: standard input without one final newline.",
 )
-@click.option("--ids", callback=options.numbers, help="Token ids to continue instead of text, such as 1,2,3.")
+@click.option(
+    "--ids", callback=options.numbers, help="Token ids to continue instead of a text, such as 1,2,3."
+)
 @click.option("--chat", is_flag=True, help="Format the prompt with the model's chat template.")
 @click.option("--system", help="System message, which may be empty; implies --chat.")
 @options.LITERAL
@@ -177,10 +183,10 @@ def run(
 ) -> int:
     """Generate text with ARTIFACT.
 
-    ARTIFACT is an artifact's folder, a folder that holds exactly one artifact, or the URL of an artifact in a store,
-    which is pulled once into the cache folder.
+    ARTIFACT is an artifact's folder, a folder that contains exactly one artifact, or the URL of an artifact in a store.
+    An artifact in a store is pulled into the cache folder once.
 
-    Without a prompt, on a terminal, the command starts an interactive chat.
+    If no prompt is given on a terminal, the command starts an interactive chat.
 
     In a chat, a terminal shows the model's reasoning, dimmed, before the answer. Output to a pipe or a file omits the
     reasoning, except with --json.
@@ -224,7 +230,7 @@ def chat(
 ) -> int:
     """Chat with ARTIFACT in the terminal.
 
-    ARTIFACT takes the same forms as in precast run. If standard input is not a terminal, its text is the only message.
+    ARTIFACT is a folder or a URL, as in precast run. If standard input is not a terminal, its text is the only message.
 
     The arrow keys recall your messages from earlier chats, stored in $XDG_STATE_HOME/precast/chat_history.
     Set PRECAST_HISTORY to use another file, or set it to off to store no messages.
@@ -254,17 +260,18 @@ def chat(
 def batch(
     artifact: Path | str, source: Path, output: Path, sampling: "SamplingOptions", loading: "LoadOptions"
 ) -> int:
-    """Answer the requests of a file with ARTIFACT.
+    """Answer the requests in the file INPUT with ARTIFACT.
 
-    OUTPUT gets a line for each line of INPUT. A line of INPUT is a JSON object with a "prompt" or "messages", and
-    sampling parameters by their names; or it is a line of OpenAI's batch API. A line's own parameters take precedence
-    over the options. A line of OUTPUT has the "text" of the answer or an "error", and the "custom_id" of the line of
-    INPUT. A file whose name ends in .parquet is a Parquet file, which needs the extra parquet.
+    The command writes one line to OUTPUT for each line of INPUT. A line of INPUT is a JSON object with a "prompt" or
+    "messages", and optionally with sampling parameters, which take precedence over the command's options. A line in the
+    format of OpenAI's batch API is also accepted. A line of OUTPUT contains the "text" of the answer or an "error", and
+    the "custom_id" of the request. If a file's name ends in .parquet, its format is Parquet, which needs the extra
+    parquet.
 
-    As many lines are answered together as the artifact has slots. After an interruption, the same command continues
-    with the remaining lines.
+    The artifact's slots answer several requests at the same time. After an interruption, the same command continues
+    with the remaining requests.
 
-    Exit code 0: every line is answered. 1: some lines have an error. 2: the command failed.
+    Exit code 0: all requests were answered. 1: some requests failed. 2: the command failed.
     """
     from precast.loaders.console import batch as console
 
@@ -276,7 +283,7 @@ def batch(
 @click.option(
     "--cpu-isa",
     help="Instruction set to compile for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all features of this machine."
-    " Default: x86-64-v2; native with --target portable, or on a machine without x86-64-v2.",
+    " Default: x86-64-v2, or native with --target portable or on a machine without x86-64-v2.",
 )
 @click.option(
     "--target", help="Target whose StableHLO to compile. Default: the fastest target that runs here."
@@ -289,8 +296,8 @@ def add_target(
     """Compile ARTIFACT for another CPU or jaxlib.
 
     The installed jaxlib compiles the new target from the artifact's StableHLO. Nothing is traced, and jax is not
-    needed. The target is added only if it reproduces the golden answers. The command removes an existing signature,
-    which would no longer match; sign the artifact again.
+    needed. The target is added only if it reproduces the golden answers. If the artifact is signed, the command removes
+    the signature, which would no longer match. Sign the artifact again.
 
     Exit code 0: success. 2: an error.
     """
@@ -311,11 +318,14 @@ def add_target(
 )
 @click.option("--chat", type=options.PATH, help="JSON file with the messages that chats begin with.")
 @click.option("--text", type=options.PATH, help="File with the text that prompts begin with.")
-@click.option("--tools", type=options.PATH, help="JSON file of the tools for --system or --chat.")
+@click.option(
+    "--tools", type=options.PATH, help="JSON file with the tools of these chats, for --system or --chat."
+)
 @options.TEMPLATE_VARIABLES
 @click.option(
     "--target",
-    help="Compute with this target; no other target can use the prefix. Default: the best that runs here.",
+    help="Compute the prefix with this target. No other target can use the prefix. Default: the best target that runs"
+    " here.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a prefix of the same name.")
 @options.KEY
@@ -335,9 +345,10 @@ def add_prefix(
 ) -> int:
     """Store a prefix of prompts in ARTIFACT as NAME.
 
-    A prompt that begins with the prefix is then prefilled only from the first token after it, and the answer is the
-    same. Only the target that computed the prefix uses it, and only on CPUs where precast's kernels choose the same
-    instruction set. The command removes an existing signature, which would no longer match; sign the artifact again.
+    If a prompt begins with the prefix, then only the tokens after the prefix are prefilled. The answer stays the same.
+    Only the target that computed the prefix uses it, and only on a CPU for which precast's kernels choose the same
+    instruction set. If the artifact is signed, the command removes the signature, which would no longer match. Sign the
+    artifact again.
 
     Exit code 0: success. 2: an error.
     """
@@ -363,7 +374,7 @@ def add_prefix(
 def remove_prefix(artifact: Path, name: str, require_signature: Path | None) -> int:
     """Remove the prefix NAME from ARTIFACT.
 
-    The command removes an existing signature, which would no longer match; sign the artifact again.
+    If the artifact is signed, the command removes the signature, which would no longer match. Sign the artifact again.
 
     Exit code 0: success. 2: an error.
     """
@@ -379,8 +390,8 @@ def remove_prefix(artifact: Path, name: str, require_signature: Path | None) -> 
 def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) -> int:
     """List the artifacts below FOLDER.
 
-    FOLDER is artifacts by default. The list shows each artifact's model, size and stored prefixes, and whether it runs
-    here. For a broken artifact, it shows the error.
+    The default of FOLDER is artifacts. The list shows each artifact's model, size and stored prefixes, and whether the
+    artifact runs on this machine. For an artifact that cannot be read, the list shows the error.
 
     Exit code 0: success. 2: an error.
     """
@@ -440,7 +451,7 @@ def check(
 
 @main.command()
 @click.argument("artifact", type=options.ARTIFACT)
-@click.option("--target", help="Replay the answers with this target. Default: the best that fits.")
+@click.option("--target", help="Replay the answers with this target. Default: the best target that fits.")
 @options.COMPILE
 @options.JSON
 @options.KEY
@@ -455,7 +466,8 @@ def verify(
 ) -> int:
     """Verify the files and the golden answers of ARTIFACT.
 
-    The command hashes every file, and replays the prompts whose answers were recorded at export.
+    The command hashes every file. It also answers the prompts that were recorded at the export, and compares the
+    answers and logits.
 
     Exit code 0: files, answers, and logits are as exported. 1: something differs. 2: an error, such as an artifact
     that cannot be read or does not run on this machine.
@@ -492,7 +504,7 @@ def diff(before: Path | str, after: Path | str, as_json: bool, require_signature
 @click.option(
     "--reference",
     type=options.PATH,
-    help="Compare with this artifact, or with this Hugging Face directory or .gguf file, computed in float32.",
+    help="Compare with this artifact, or with this Hugging Face directory or .gguf file, which is computed in float32.",
 )
 @click.option(
     "--text", type=options.PATH, help="UTF-8 text to predict. Default: a text that precast contains."
@@ -501,7 +513,9 @@ def diff(before: Path | str, after: Path | str, as_json: bool, require_signature
     "--tokens", type=int, default=3072, show_default=True, help="Use at most this many tokens of the text."
 )
 @click.option(
-    "--window", type=int, help="Length of a window in tokens. Default: 512, or the context if that is less."
+    "--window",
+    type=int,
+    help="Length of a window in tokens. Default: 512, or the context length if it is lower.",
 )
 @options.JSON
 @options.KEY
@@ -518,15 +532,15 @@ def evaluate(
 ) -> int:
     """Measure how well ARTIFACT predicts a text.
 
-    The measure is perplexity. With a reference, the command also measures how far the predictions are from the
-    reference's: the mean and the 99th percentile of the divergence KL(reference || artifact) in nats per token, and how
-    often both models agree on the likeliest token.
+    The measure is perplexity. With a reference, the command also compares the predictions of the two models. It reports
+    the mean and the 99th percentile of the divergence KL(reference || artifact) in nats per token, and how often both
+    models agree on the likeliest token.
 
     The text is tokenised without a chat template and cut into windows. A shorter window at the end counts if it has at
-    least 64 tokens. The first half of each window is prefilled, the second half runs through decode token by token, and
-    every prediction from the last prefilled position on is scored. A reference that is not an artifact computes each
-    window at once, without a cache and in float32, which needs the export extra. If a signature is required, a
-    reference that is an artifact must have it too.
+    least 64 tokens. The first half of each window is prefilled, and the second half is decoded token by token. Every
+    prediction from the last prefilled position onwards is scored. A reference that is not an artifact needs the export
+    extra. It computes each window at once in float32, without a KV cache. If a signature is required, a reference that
+    is an artifact must also be signed.
 
     Exit code 0: success. 2: an error.
     """
@@ -544,7 +558,7 @@ def evaluate(
 
 
 def _source_opener() -> "Callable[[str, int], Scorer]":
-    """Return the function that opens a source as a reference.
+    """Return a function that opens a source as a reference, given the source's name and a context length.
 
     Raises:
         PrecastError: the export extra is not installed.
@@ -568,10 +582,11 @@ def _source_opener() -> "Callable[[str, int], Scorer]":
 def sign(artifact: Path, key: Path) -> int:
     """Sign ARTIFACT.
 
-    The signature is the file manifest.json.sig beside the manifest, which holds the sha256 of every other file.
+    The command writes the signature of manifest.json to manifest.json.sig. The manifest contains the sha256 of every
+    other file.
 
-    The command asks for the key's password, or takes it from PRECAST_KEY_PASSWORD. The signature follows OpenSSF Model
-    Signing, so that project's own command can verify it too.
+    The key's password is read from PRECAST_KEY_PASSWORD, or typed on the terminal. The signature has the format of
+    OpenSSF Model Signing, so that project's command can also verify it.
 
     Exit code 0: success. 2: an error.
     """
@@ -584,15 +599,15 @@ def sign(artifact: Path, key: Path) -> int:
 @click.argument("artifact", type=options.PATH)
 @click.argument("url")
 @click.option(
-    "--rehash", is_flag=True, help="Read back the pieces in the store, and send damaged ones again."
+    "--rehash", is_flag=True, help="Read back the pieces in the store, and send damaged pieces again."
 )
 @options.JSON
 def push(artifact: Path, url: str, rehash: bool, as_json: bool) -> int:
     """Send ARTIFACT to a store.
 
-    URL is a folder of a store plus the artifact's name in it. The protocol may be any that fsspec supports, except
-    sftp and ssh: s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts in one folder share
-    identical pieces, so a second version adds only the changes.
+    URL is a folder in a store, followed by the artifact's name: s3://bucket/models/NAME, gs://bucket/models/NAME,
+    file:///folder/NAME. Every protocol of fsspec except sftp and ssh is supported. Artifacts in one folder share
+    identical pieces, so a push of a second version sends only the changes.
 
     Exit code 0: success. 2: an error.
     """
@@ -612,8 +627,8 @@ def pull(
 ) -> int:
     """Fetch an artifact from a store.
 
-    URL is the one given to precast push. Every byte is checked. After an interruption, the same command resumes the
-    pull.
+    URL is the URL that the artifact was pushed to. All data is checked against its hashes. After an interruption, the
+    same command resumes the pull.
 
     Exit code 0: success. 2: an error.
     """

@@ -1,4 +1,4 @@
-"""Build the CPU kernels; pyproject.toml holds the rest of the package's metadata."""
+"""Build the CPU kernels. pyproject.toml contains the rest of the package's metadata."""
 
 import importlib.metadata
 import importlib.util
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-# The version of the oldest supported jaxlib, because a jaxlib refuses handlers built against newer headers.
+# The version of the oldest supported jaxlib. A jaxlib refuses handlers that were built against newer headers.
 NEWEST_HEADERS = (0, 10, 1)
 
 

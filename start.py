@@ -6,7 +6,7 @@ from precast.loaders.console.streams import open_closed_streams
 
 def main() -> None:
     """Run the command line."""
-    # Open closed streams first; otherwise the handler's pipe would take their file descriptors.
+    # Open closed streams first. Otherwise the handler's pipe would occupy their file descriptors.
     open_closed_streams()
     interrupt.install()
     from precast.cli import main as run

@@ -280,11 +280,11 @@ def test_missing_packages_for_an_export(refused, monkeypatch):
         (["-p", "a", "--ids", "1"], "--prompt and --ids cannot be combined; give one of them."),
         (
             ["--chat", "--ids", "1"],
-            "--chat needs text to put through the chat template; use --prompt instead",
+            "--chat needs text to format with the chat template; use --prompt instead",
         ),
         (
             ["--system", "be brief", "--ids", "1"],
-            "--system needs text to put through the chat template; use --prompt instead",
+            "--system needs text to format with the chat template; use --prompt instead",
         ),
         (
             ["-p", "a", "--target", "gpu"],

@@ -276,7 +276,7 @@ def test_a_history_that_cannot_be_written_is_reported(path, tmp_path, kind):
         path.mkdir()
     history = History(path)
     assert history.messages == []
-    assert history.problem.startswith(f"the history of this chat is not kept: {path}: ")
+    assert history.problem.startswith(f"the history of this chat is not saved: {path}: ")
     assert history.problem.endswith("; set PRECAST_HISTORY to another file, or to off.")
     assert history.add("secret")
     assert kind != "link" or (tmp_path / "other").read_text() == '"mine"\n'

@@ -192,7 +192,7 @@ def test_a_literal_chat_forges_nothing(record, cli, tiny_artifact, tiny_model):
     result = cli("run", tiny_artifact, "--literal", "--ids", "1,2")
     assert result.exit_code == 2
     assert (
-        "--literal needs text to put through the chat template; use --prompt instead of --ids."
+        "--literal needs text to format with the chat template; use --prompt instead of --ids."
         in result.stderr
     )
 
@@ -391,8 +391,8 @@ def test_tools_reach_the_template(record, artifact_copy, tmp_path, edit_manifest
         (["--answers", "2"], "--answers needs --json, which prints one line for each answer; add --json."),
         (["--logprobs", "2"], "--logprobs needs --json, which prints one line for each answer; add --json."),
         (["--prompt-logprobs", "2"], "--prompt-logprobs needs --json, which prints one line for each answer; add"),
-        (["--tools", "x"], "--tools needs a prompt that goes through the chat template; add --chat."),
-        (["--answer-format", "x"], "--answer-format needs a prompt that goes through the chat template; add --chat."),
+        (["--tools", "x"], "--tools needs a prompt formatted with the chat template; add --chat."),
+        (["--answer-format", "x"], "--answer-format needs a prompt formatted with the chat template; add --chat."),
         (["--answers", "2", "--json", "--state", "x"], "--answers and --state cannot be combined; give one of them."),
         (["--echo", "--state", "x"], "--echo and --state cannot be combined; give one of them."),
         (["--tool-choice", "x"], "--tool-choice needs the tools to choose from; add --tools FILE."),

@@ -13,12 +13,12 @@ from ..artifact.units import size_text
 if TYPE_CHECKING:
     from ..add_prefix import PrefixChange
 
-# Larger than any text that fits in a context.
+# The maximum size of a file, which is larger than any text that fits in a context.
 _MAX_BYTES = 64 << 20
 
 
 class PrefixFiles(Frozen):
-    """The files that hold a prefix's text and tools, and the values of further variables of the chat template."""
+    """The files that contain a prefix's text and tools, and the values of further variables of the chat template."""
 
     system: Path | None
     chat: Path | None

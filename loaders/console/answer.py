@@ -21,10 +21,10 @@ _LOWEST = -9999.0
 
 
 def check(options: "AnswerOptions", prompt: "Prompt", *, as_json: bool) -> None:
-    """Check that the options for answers fit each other and the prompt.
+    """Check that the options for answers are compatible with each other and with the prompt.
 
     Raises:
-        PrecastError: an option needs or excludes another one, or the number of answers is below 1.
+        PrecastError: an option needs or excludes another option, or the number of answers is below 1.
     """
     for name, is_given in (
         ("--answers", options.answers != 1),
@@ -35,7 +35,7 @@ def check(options: "AnswerOptions", prompt: "Prompt", *, as_json: bool) -> None:
             raise PrecastError(f"{name} needs --json, which prints one line for each answer; add --json.")
     for name, value in (("--tools", options.tools), ("--answer-format", options.answer_format)):
         if value is not None and not prompt.uses_template and prompt.state is None:
-            raise PrecastError(f"{name} needs a prompt that goes through the chat template; add --chat.")
+            raise PrecastError(f"{name} needs a prompt formatted with the chat template; add --chat.")
     if options.tool_choice != "auto" and options.tools is None:
         raise PrecastError("--tool-choice needs the tools to choose from; add --tools FILE.")
     for name, is_given in (("--answers", options.answers != 1), ("--echo", options.echo)):
@@ -49,7 +49,7 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
     """Return the tools in a file.
 
     Raises:
-        PrecastError: the file cannot be read, or holds anything but an array of tools.
+        PrecastError: the file cannot be read, or it does not contain an array of tools.
     """
     try:
         data = path.read_bytes()
@@ -77,7 +77,7 @@ def write(stream: "Stream", *, is_terminal: bool) -> Iterator[str]:
 
 
 def shown(deltas: "Iterable[Delta]") -> Iterator[str]:
-    """Yield an answer in pieces for a terminal: the reasoning dimmed, and each tool call in a line of JSON."""
+    """Yield an answer in pieces for a terminal: dimmed reasoning, content, and a line of JSON for each tool call."""
     from ..text.answer_parser import ContentDelta, ReasoningDelta, ToolCallDelta
 
     is_dimmed, separator = has_colours(), ""
@@ -89,7 +89,7 @@ def shown(deltas: "Iterable[Delta]") -> Iterator[str]:
         elif kind is ToolCallDelta:
             yield "\n".join(_call_line(delta.call) for delta in group if isinstance(delta, ToolCallDelta))
         elif is_dimmed:
-            # Dim each piece by itself, so that an interrupt leaves no dimmed terminal behind.
+            # Dim each piece separately, so that the terminal does not stay dimmed after an interrupt.
             yield from (f"{DIM}{text}{RESET}" for text in texts)
         else:
             yield "<think>\n"

@@ -13,10 +13,10 @@ from .run import LoadOptions, SamplingOptions
 def run(
     artifact: Path | str, source: Path, target: Path, *, sampling: SamplingOptions, loading: LoadOptions
 ) -> int:
-    """Answer every request of a file, and print the numbers of answers and errors on standard error.
+    """Answer every request in a file, and print the numbers of answers and errors on standard error.
 
     Returns:
-        The exit code: 0 if all requests were answered, 1 if some have an error.
+        The exit code: 0 if all requests were answered, 1 if some requests failed.
 
     Raises:
         PrecastError: the artifact does not load, or a file cannot be read or written.
@@ -25,7 +25,7 @@ def run(
     from ..load import load
 
     if source.exists() and target.exists() and source.samefile(target):
-        raise PrecastError(f"{target}: is the input as well as the output; choose another output.")
+        raise PrecastError(f"{target}: is both the input and the output; choose another output.")
     with show_progress() as display:
         model = load(artifact, **loading.given(), log=display.log, progress=display)
         params = replace(model.default_sampling(), **sampling.given())
@@ -33,9 +33,7 @@ def run(
             with raise_on_interrupt():
                 found = batch.run(model, source, target, params, progress=display)
         except KeyboardInterrupt:
-            display.log(
-                "Interrupted; run the same command again to continue after the records written so far."
-            )
+            display.log("Interrupted; run the same command again to answer the remaining requests.")
             raise
     kept = f", {found.kept:,} of them from an earlier run" if found.kept else ""
     print(

@@ -19,7 +19,7 @@ def run(
     loading: LoadOptions,
     stats: bool,
 ) -> int:
-    """Chat on a terminal; without a terminal, answer the text of standard input as the only message.
+    """Chat on a terminal. If standard input is not a terminal, answer its text as the only message.
 
     Returns:
         The exit code, 0.

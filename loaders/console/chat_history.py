@@ -6,7 +6,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-# Limits of the file: messages, total bytes, bytes of one message.
+# Limits of the file: number of messages, total bytes, and bytes of one message.
 _MOST, _BYTES, _LONGEST = 1000, 1_000_000, 50_000
 SETTING = "PRECAST_HISTORY"
 
@@ -26,11 +26,11 @@ def history_file() -> Path | None:
 
 
 class History:
-    """Messages in a file, oldest first, one JSON line each.
+    """A file of messages, oldest first, with one line of JSON for each message.
 
     Attributes:
         messages: messages of earlier chats.
-        problem: the reason why messages are not kept, as a sentence; None if the history works or is off.
+        problem: error text if messages cannot be saved; None if the history works or is off.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -41,7 +41,7 @@ class History:
             self._guarded(self._read)
 
     def add(self, message: str) -> bool:
-        """If `_is_kept` accepts a message, append it to the file and return True."""
+        """Append a message to the file. Return False, and save nothing, if `_is_kept` rejects the message."""
         fits = _is_kept(message)
         if fits and self._path is not None:
             line = json.dumps(message).encode() + b"\n"
@@ -49,13 +49,13 @@ class History:
         return fits
 
     def _guarded(self, work: Callable[[Path], None]) -> None:
-        """Call `work` with the file; if that fails, note the problem and stop using the file."""
+        """Call `work` with the file's path. If it fails, set `problem`, and stop using the file."""
         assert self._path is not None
         try:
             work(self._path)
         except OSError as error:
             self.problem = (
-                f"the history of this chat is not kept: {self._path}: {error.strerror or error};"
+                f"the history of this chat is not saved: {self._path}: {error.strerror or error};"
                 f" set {SETTING} to another file, or to off."
             )
             self._path = None
@@ -90,7 +90,7 @@ def _is_kept(message: str) -> bool:
 
 
 def _open(path: Path) -> int:
-    """Open the file for reading and appending, with no access for others.
+    """Open the file for reading and appending, and deny other users access.
 
     Raises:
         OSError: the file cannot be opened, or it is a symlink or not a regular file of this user.

@@ -1,4 +1,4 @@
-"""Read typed messages; lines that are pasted together form one message."""
+"""Read typed messages. Lines that are pasted together form one message."""
 
 import select
 import sys
@@ -12,7 +12,7 @@ COMMANDS = {
     "/exit": "end the chat, as Ctrl-D does",
 }
 QUOTES = '"""'
-# Seconds to wait for the rest of a paste.
+# Seconds to wait for the next line of a paste.
 _PASTE_S = 0.02
 
 Read = Callable[[str], str]
@@ -22,12 +22,12 @@ def help_text() -> str:
     """Return the help on commands and on messages of several lines."""
     lines = [f"{name:<8} {meaning}" for name, meaning in COMMANDS.items()]
     return "\n".join(
-        (*lines, f"{QUOTES:<8} begin and end a message of several lines; pasted lines need none")
+        (*lines, f"{QUOTES:<8} begin and end a message of several lines; pasted lines need no quotes")
     )
 
 
 def prepare(history: History) -> None:
-    """Give `input` line editing, the history of earlier chats, and pasting of several lines, where supported."""
+    """Enable line editing, the messages of earlier chats, and pastes of several lines in `input`, where supported."""
     try:
         import readline
     except ImportError:
@@ -50,8 +50,8 @@ def messages(read: Read = input, waits: "Callable[[], bool] | None" = None) -> I
     """Yield typed messages and commands one at a time until the end of input.
 
     Args:
-        read: a function like `input`, which shows a prompt and reads a line.
-        waits: returns True if more input has arrived; None checks standard input.
+        read: function like `input`, which shows a prompt and reads a line.
+        waits: function that returns True if more input has arrived; None for a function that checks standard input.
     """
     waits = waits or _waits
     while True:
@@ -75,7 +75,7 @@ def messages(read: Read = input, waits: "Callable[[], bool] | None" = None) -> I
 
 
 def is_command(line: str) -> bool:
-    """Return True for a command; any other line that begins with a slash is text."""
+    """Return True if a line is a command. Any other line that begins with a slash is text."""
     return line.strip() in COMMANDS
 
 
@@ -87,7 +87,7 @@ def _read_message(lines: list[str], read: Read, waits: Callable[[], bool]) -> bo
         if lines[0].lstrip().startswith(QUOTES) and "\n" not in lines[0] and not waits():
             _read_quoted(lines, read)
             return False
-        # A terminal with bracketed paste delivers a paste as one line; others deliver it line by line.
+        # A terminal with bracketed paste delivers a paste as one line. Other terminals deliver it line by line.
         while not is_command(lines[-1]) and waits():
             lines.append(read(""))
     except EOFError:

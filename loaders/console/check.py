@@ -60,7 +60,7 @@ def to_json(report: CheckReport, key: Path | None = None) -> dict[str, Any]:
 
     Args:
         report: result of the check.
-        key: file of the public key that the signature was checked with; None if it was not checked.
+        key: file of the public key that the signature was checked with; None if the signature was not checked.
     """
     facts = dataclasses.asdict(report)
     return {
@@ -73,7 +73,7 @@ def to_json(report: CheckReport, key: Path | None = None) -> dict[str, Any]:
 
 
 def lines(report: CheckReport, key: Path | None = None) -> Iterator[str]:
-    """Yield the lines of the report for people: verdict, targets, machine, and remedies.
+    """Yield the lines of the report as text: verdict, targets, machine, and remedies.
 
     Args:
         report: result of the check.

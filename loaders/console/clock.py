@@ -1,4 +1,4 @@
-"""The age of this process. It measures a cold start, because it includes the interpreter's start and all imports."""
+"""The age of this process. The age at the first token measures a cold start, including the interpreter and imports."""
 
 import os
 import time
@@ -8,10 +8,10 @@ from pathlib import Path
 def process_age() -> float:
     """Return the seconds since the process started, accurate to about 10 ms.
 
-    If the system does not report the time of the start, return the CPU time that the process has used, in seconds.
+    If the system does not report the time of the start, return the process's CPU time in seconds.
     """
     try:
-        # The fields after the command's name, which may contain spaces and brackets; see proc(5).
+        # Take the fields after the command's name. The name itself may contain spaces and brackets; see proc(5).
         fields = (
             Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
         )

@@ -18,9 +18,9 @@ FAILED = 2
 
 
 class Commands(click.Group):
-    """The group of all commands; each command returns its exit code.
+    """The group of all commands. Each command returns its exit code.
 
-    If the user can correct an error, the group prints it as one line, even if it occurs while help is printed.
+    An error that the user can correct is printed as one line, even if it occurs while help is printed.
     """
 
     def main(self, *arguments: Any, **settings: Any) -> Any:
@@ -35,20 +35,20 @@ class Commands(click.Group):
         return list(self.commands)  # in the order of `cli.py`; click would sort the names
 
     def invoke(self, context: click.Context) -> Any:
-        # Handle errors here as well as in `main`: click's code between `main` and `invoke` would catch
-        # KeyboardInterrupt and print a message of its own.
+        # Handle errors here as well as in `main`, because click's code between `main` and `invoke` would catch
+        # KeyboardInterrupt and print click's own message.
         with _lines_only():
             context.exit(super().invoke(context))
 
 
 @contextmanager
 def _lines_only() -> Iterator[None]:
-    """Turn user errors into one line on standard error and exit code 2."""
+    """Print an error that the user can correct as one line on standard error, and exit with code 2."""
     try:
         try:
             yield
         finally:
-            # Flush now, because at exit Python would print a traceback for an error.
+            # Flush now, because Python would print a traceback if a flush failed at exit.
             sys.stdout.flush()
     except PrecastError as error:
         _fail(str(error))
@@ -77,19 +77,19 @@ def _abandon_output() -> list[TextIO]:
 
 
 def _fail(message: str) -> NoReturn:
-    # Standard error may be full or closed too; then the message is lost.
+    # If standard error is also full or closed, the message is lost.
     with suppress(OSError):
-        # One line, even if a quoted message of a library has several.
+        # Join the lines, because the message may quote a library's message of several lines.
         click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(FAILED)
 
 
 def local_folder(artifact: Path | str, key: Path | None) -> Path:
-    """Return the artifact's folder; pull a URL first, unless it was pulled before.
+    """Return the artifact's folder. If the artifact is a URL, pull it first, or use the copy from an earlier pull.
 
     Args:
         artifact: a path or a URL.
-        key: file of the public key that a pulled artifact must be signed with.
+        key: file of the public key that a pulled artifact must be signed with; None if it need not be signed.
 
     Raises:
         PrecastError: see `fetch`.

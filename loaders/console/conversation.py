@@ -29,16 +29,16 @@ def converse(
     template_variables: Mapping[str, Any] | None = None,
     state: Path | None = None,
 ) -> None:
-    """Answer typed messages until the end of input, then save the chat if a file is given.
+    """Answer typed messages until the end of input. Then save the chat if `state` is given.
 
     Args:
         model: a model with a chat template.
         params: the sampling parameters.
         opening: the messages before the user's first message, or the messages of a saved chat.
-        stats: print the speed of all answers at the end, on standard error.
+        stats: at the end, print the speed of all answers on standard error.
         literal: treat messages as plain text.
         template_variables: further variables of the chat template.
-        state: the file to save the chat to, or None.
+        state: file to which the chat is saved, or None.
 
     Raises:
         PrecastError: the model has no chat template, or the state cannot be saved.
@@ -95,7 +95,7 @@ def _answer(
     """Print the answer, and append it to `done` once it is complete.
 
     Returns:
-        The conversation with the answer, or without the question if no answer was possible.
+        The conversation with the answer; or the conversation without the last message if it cannot be answered.
     """
     stream = None
     try:
@@ -117,5 +117,5 @@ def _answer(
 
 
 def _print_aside(words: str) -> None:
-    """Print a secondary line, dimmed unless the user wants no colours."""
+    """Print a secondary line: dimmed, or in brackets if colours are off."""
     print(f"{DIM}{words}{RESET}" if has_colours() else f"({words})")

@@ -12,7 +12,7 @@ from .command import local_folder
 if TYPE_CHECKING:
     from ..audit.diff import Change
 
-# Maximum lines of a section in the text output; the JSON output has all.
+# Maximum number of lines of a section in the text output. The JSON output contains all differences.
 _MOST_LINES = 12
 _MOST_CHARACTERS = 80
 # If two lists differ in more items than this, the output gives only counts.
@@ -26,7 +26,7 @@ def run(before: Path | str, after: Path | str, *, as_json: bool, require_signatu
         The exit code: 0 without differences, else 1.
 
     Raises:
-        PrecastError: a path is not an artifact, or the artifact is not signed as required or cannot be read.
+        PrecastError: a path is not an artifact, or an artifact cannot be read or is not signed as required.
     """
     from ..audit.diff import diff, to_json
     from ..locate import find_artifact, read_manifest
@@ -46,7 +46,7 @@ def run(before: Path | str, after: Path | str, *, as_json: bool, require_signatu
 
 
 def lines(before: Path, after: Path, sections: "Mapping[str, Sequence[Change]]") -> Iterator[str]:
-    """Yield the differences for people: + is new, - is gone, ~ has changed."""
+    """Yield the differences as lines of text that begin with + (new), - (gone) or ~ (changed)."""
     if not any(sections.values()):
         yield f"{before} and {after} are the same"
         return

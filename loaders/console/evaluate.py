@@ -25,7 +25,7 @@ class TextOptions(Frozen):
     """The command line's options for the text.
 
     Attributes:
-        path: file of the text; None for the text that precast ships.
+        path: file of the text; None for the text that precast contains.
         tokens: maximum number of tokens of the text to use.
         window: number of tokens in a window; None for the default.
     """
@@ -50,9 +50,10 @@ def run(
     Args:
         artifact: as for `load`.
         text: the text to predict, and its limits.
-        reference: the model to compare with, an artifact or a source of the exporter; None for perplexity alone.
-        source_opener: returns a function of the exporter, which takes a source's name and a context length, and opens
-            the source as a reference. The command line passes it in, because the loaders may not import the exporter.
+        reference: the model to compare with, which is an artifact or a source that the exporter can read; None to
+            measure only the perplexity.
+        source_opener: function that returns the exporter's function for opening a source, given the source's name and a
+            context length. The command line passes it as an argument, because the loaders must not import the exporter.
         as_json: print one line of JSON.
         require_signature: file of the public key that artifacts must be signed with.
         threads: number of computing threads for artifacts; None for the default.
@@ -85,7 +86,7 @@ def _reference_opener(
     open_artifact: "Callable[[Path, Display], Scorer]",
     source_opener: "Callable[[], Callable[[str, int], Scorer]]",
 ) -> _Opener:
-    """Return the function that opens the reference.
+    """Return a function that opens the reference.
 
     Raises:
         PrecastError: the reference does not exist, or the packages for a source are not installed.
@@ -97,7 +98,7 @@ def _reference_opener(
 
 
 def _is_source(reference: Path) -> bool:
-    """Return True for a source of the exporter, False for an artifact.
+    """Return True if a reference is a source for the exporter, and False if it is an artifact.
 
     Raises:
         PrecastError: the path does not exist.
@@ -114,7 +115,7 @@ def _is_source(reference: Path) -> bool:
 def _measure(
     open_artifact: "Callable[[Display], Scorer]", open_reference: _Opener | None, options: TextOptions
 ) -> dict[str, Any]:
-    """Return the facts that the command prints."""
+    """Measure the perplexity, compare with the reference if there is one, and return the results to print."""
     from ..audit import evaluate as e
 
     if not 1 <= options.tokens <= MOST_TOKENS:

@@ -28,7 +28,7 @@ def run(artifact: Path | str, *, as_json: bool, require_signature: Path | None) 
 
 
 def render(path: Path, *, as_json: bool, require_signature: Path | None = None) -> str:
-    """Return the description of the artifact at `path`, as lines for people or as one line of JSON.
+    """Return the description of the artifact at `path`, as lines of text or as one line of JSON.
 
     Raises:
         PrecastError: there is no artifact, it is not signed as required, or its format is unknown.
@@ -37,16 +37,16 @@ def render(path: Path, *, as_json: bool, require_signature: Path | None = None) 
     facts = describe(read_manifest(root, require_signature=require_signature))
     if as_json:
         return json.dumps(facts)
-    # Names in a manifest may hold line breaks and control characters.
+    # Names in a manifest may contain line breaks and control characters.
     return "\n".join(map(printable, lines(root, facts)))
 
 
 def lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
-    """Yield the lines of a description for people.
+    """Yield the lines of a description.
 
     Args:
         root: the artifact's folder.
-        facts: the description, in plain types.
+        facts: the result of `describe`.
     """
     m = facts["model"]
     yield f"{facts['name']}  ({root}, format {facts['format_version']}, {size_text(facts['bytes'])})"
@@ -95,7 +95,7 @@ def _setting(item: tuple[str, Any]) -> str:
 
 
 def _saved(facts: dict[str, Any]) -> str:
-    """Format the memory saved by sliding windows, in brackets; return "" if none is saved."""
+    """Format the memory that sliding windows save, in brackets; return "" if they save none."""
     arrays = facts["cache"]["arrays"]
     whole = sum(a["bytes"] // a["shape"][a["axes"].index("S")] * facts["context"] for a in arrays)
     saved = whole - facts["cache"]["bytes"]

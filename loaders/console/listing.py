@@ -36,7 +36,7 @@ def run(folder: Path, *, as_json: bool, require_signature: Path | None) -> int:
 
 
 def lines(entries: Sequence[ListEntry]) -> Iterator[str]:
-    """Yield the lines of a table of artifacts; below an artifact that cannot be read, yield the reason."""
+    """Yield the lines of a table of artifacts. An artifact that cannot be read is followed by a line with the error."""
     rows = [_HEAD, *(_row(entry) for entry in entries)]
     widths = [max(map(len, column)) for column in zip(*(row for row in rows if len(row) > 1), strict=True)]
     problems = (None, *(entry.problem for entry in entries))

@@ -13,7 +13,7 @@ from ..required_key import required_key
 from .run import AnswerOptions, LoadOptions, SamplingOptions
 
 Command = Callable[..., int]
-# The form of llama.cpp's --logit-bias.
+# The syntax of llama.cpp's --logit-bias.
 _BIAS = re.compile(r"([0-9]{1,18})([+-](?:[0-9]+\.?[0-9]*|\.[0-9]+))")
 
 
@@ -69,7 +69,7 @@ def text_file(_: click.Context, parameter: click.Parameter, value: str | None) -
 
 
 class Artifact(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has no type argument
-    """A parameter type: the folder of an artifact, as a Path, or the URL of a pushed artifact, as a string."""
+    """A parameter type for an artifact: the Path of its folder, or a string with the URL that it was pushed to."""
 
     name = "path or url"
 
@@ -78,7 +78,7 @@ class Artifact(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has no t
 
 
 def _required(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
-    """Return the given key, or the key that the environment or the machine requires."""
+    """Return the given key file, or else the key file that the environment or the machine requires."""
     return required_key(value)
 
 
@@ -92,13 +92,14 @@ STATE = click.option(
     "--state",
     metavar="FILE",
     type=PATH,
-    help="Continue the text or the chat in FILE, if FILE exists, and save it with the answer to FILE. The saved tokens"
-    " are not computed again.",
+    help="If FILE exists, continue the text or the chat that was saved in it; its tokens are not computed again. Save"
+    " the text or the chat, with the new answer, to FILE.",
 )
 LITERAL = click.option(
     "--literal",
     is_flag=True,
-    help="Treat messages as plain text: special tokens spelt in them cannot forge a turn. Implies run's --chat.",
+    help="Treat messages as plain text, so that a message that spells a special token cannot forge a turn. In precast"
+    " run, implies --chat.",
 )
 TEMPLATE_VARIABLES = click.option(
     "--template-variable",
@@ -106,16 +107,16 @@ TEMPLATE_VARIABLES = click.option(
     metavar="NAME=JSON",
     multiple=True,
     callback=template_variables,
-    help="Give a variable to the chat template: enable_thinking=false turns the reasoning of some models off. A string"
-    " needs JSON's quotes. May be given several times. Implies run's --chat.",
+    help="Set a variable of the chat template. For example, enable_thinking=false turns off the reasoning of some"
+    " models. A string needs JSON's quotes. May be given several times. In precast run, implies --chat.",
 )
 KEY = click.option(
     "--require-signature",
     metavar="KEY",
     type=PATH,
     callback=_required,
-    help="Refuse an artifact that is not signed with this key, a PEM file of the public key. Default: the file named by"
-    " PRECAST_REQUIRE_SIGNATURE.",
+    help="Refuse an artifact that is not signed with this key. KEY is a PEM file of the public key. Default: the file"
+    " named by PRECAST_REQUIRE_SIGNATURE.",
 )
 THREADS = click.option(
     "--threads",
@@ -139,10 +140,13 @@ _SAMPLING = (
     click.option(
         "--temperature",
         type=float,
-        help="Sample at this temperature; 0 is greedy. This option and those below default to the model's own values.",
+        help="Sample at this temperature; 0 is greedy. The defaults of this option and the sampling options below are"
+        " the model's own values.",
     ),
     click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all."),
-    click.option("--top-p", type=float, help="Keep the likeliest tokens whose probabilities add up to this."),
+    click.option(
+        "--top-p", type=float, help="Keep the likeliest tokens until their probabilities add up to this."
+    ),
     click.option(
         "--min-p",
         type=float,
@@ -192,7 +196,7 @@ _SAMPLING = (
         "--json-schema",
         metavar="FILE",
         callback=text_file,
-        help="Answer in JSON that fits the JSON Schema in this file. This option and the four below need"
+        help="Answer in JSON that matches the JSON Schema in this file. This option and the four below need"
         " precast[grammar].",
     ),
     click.option("--json-object", is_flag=True, help="Answer with any JSON object."),
@@ -208,7 +212,7 @@ _SAMPLING = (
     click.option(
         "--choice",
         multiple=True,
-        help="Answer with this text. If given several times: with one of these texts.",
+        help="Answer with this text. If the option is given several times, answer with one of the texts.",
     ),
 )
 _ANSWERS = (
@@ -216,7 +220,7 @@ _ANSWERS = (
         "--answers",
         type=int,
         default=1,
-        help="Give this many answers, each with a seed of its own: --seed, --seed + 1, and so on. Needs --json.",
+        help="Generate this many answers. Each uses a different seed: --seed, --seed + 1, and so on. Needs --json.",
     ),
     click.option(
         "--logprobs",
@@ -236,8 +240,8 @@ _ANSWERS = (
         "--tools",
         type=PATH,
         metavar="FILE",
-        help="Offer the model the tools whose schemas are in this file, a JSON array. The model's calls are printed"
-        " after the answer, each in a line of JSON. Needs --chat.",
+        help="JSON file with an array of tool schemas. The model may call these tools. Its calls are printed after the"
+        " answer, one line of JSON each. Needs --chat.",
     ),
     click.option(
         "--tool-choice",
@@ -249,14 +253,14 @@ _ANSWERS = (
     click.option(
         "--answer-format",
         metavar="FAMILY",
-        help="Expect tool calls in the form of this family of models: hermes, qwen3_coder, llama3, mistral, phi4,"
-        " granite, smollm3, gemma, pythonic; or text, to leave reasoning and calls in the answer's text. Default: the"
+        help="Expect the tool-call syntax of this model family: hermes, qwen3_coder, llama3, mistral, phi4, granite,"
+        " smollm3, gemma or pythonic. With text, reasoning and tool calls stay in the answer's text. Default: the"
         " family that the chat template suggests.",
     ),
 )
 _LOADING = (
     click.option("--rehash", is_flag=True, help="Hash every file again, including unchanged ones."),
-    click.option("--target", help="Run this target of the artifact. Default: the best that fits."),
+    click.option("--target", help="Run this target of the artifact. Default: the best target that fits."),
     COMPILE,
     KEY,
     THREADS,
@@ -264,17 +268,17 @@ _LOADING = (
 
 
 def sampling(command: Command) -> Command:
-    """Give a command the options for sampling; it receives them as one argument, `sampling`."""
+    """Decorate a command with the options for sampling, which it receives as one argument, `sampling`."""
     return _gathering(command, _SAMPLING, "sampling", SamplingOptions)
 
 
 def answers(command: Command) -> Command:
-    """Give a command the options for what an answer contains; it receives them as one argument, `answers`."""
+    """Decorate a command with the options for its answers, which it receives as one argument, `answers`."""
     return _gathering(command, _ANSWERS, "answers", AnswerOptions)
 
 
 def loading(command: Command) -> Command:
-    """Give a command the options for loading an artifact; it receives them as one argument, `loading`."""
+    """Decorate a command with the options for loading an artifact, which it receives as one argument, `loading`."""
     return _gathering(command, _LOADING, "loading", LoadOptions)
 
 

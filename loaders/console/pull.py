@@ -9,7 +9,7 @@ from .transfers import json_line, share
 def run(
     url: str, *, output: Path | None, overwrite: bool, require_signature: Path | None, as_json: bool
 ) -> int:
-    """Pull an artifact, and print how much was fetched.
+    """Pull an artifact, and print the amount of data that was fetched.
 
     Returns:
         The exit code, 0.

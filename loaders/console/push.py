@@ -7,7 +7,7 @@ from .transfers import json_line, share
 
 
 def run(artifact: Path, url: str, *, rehash: bool, as_json: bool) -> int:
-    """Push an artifact, and print how much was sent.
+    """Push an artifact, and print the amount of data that was sent.
 
     Returns:
         The exit code, 0.

@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 
 class Prompt(Frozen):
-    """A prompt and its form. At most one of `text` and `ids` is set; if neither is, the prompt is typed or piped in.
+    """A prompt and its format.
 
     Attributes:
-        chat: put the text through the chat template.
-        system: the system message, which may be empty; None without one.
+        text: the text; None if `ids` is set, or if the text is typed or piped in.
+        ids: token ids, or None.
+        chat: format the text with the chat template.
+        system: the system message, which may be empty; None for no system message.
         literal: treat messages as plain text.
-        state: file that holds the sequence to continue, and receives the longer sequence; None without one.
+        state: file of the saved sequence to continue, in which the longer sequence is saved; None for no file.
         template_variables: further variables of the chat template.
     """
 
@@ -45,7 +47,7 @@ class Prompt(Frozen):
 
     @property
     def uses_template(self) -> bool:
-        """Return True if the prompt goes through the chat template."""
+        """Return True if the prompt is formatted with the chat template."""
         return bool(self.chat or self.literal or self.template_variables or self.system is not None)
 
 
@@ -67,7 +69,7 @@ _ANY_OBJECT = '{"type": "object"}'
 
 
 class SamplingOptions(Frozen):
-    """The command line's options for sampling; None selects the model's own default."""
+    """The command line's options for sampling. None selects the model's own default."""
 
     max_tokens: int | None
     temperature: float | None
@@ -92,7 +94,11 @@ class SamplingOptions(Frozen):
     choice: tuple[str, ...]
 
     def given(self) -> Mapping[str, Any]:
-        """Return the options that differ from the defaults, as sampling parameters."""
+        """Return the options that were given, as sampling parameters.
+
+        Raises:
+            PrecastError: --json-object and --json-schema are combined.
+        """
         given = {key: value for key, value in vars(self).items() if value not in (None, (), {})}
         if given.pop("json_object") and given.setdefault("json_schema", _ANY_OBJECT) != _ANY_OBJECT:
             raise PrecastError("--json-object and --json-schema cannot be combined; give one of them.")
@@ -100,7 +106,7 @@ class SamplingOptions(Frozen):
 
 
 class AnswerOptions(Frozen):
-    """The options of `run` that add to its answers.
+    """The options of `run` for the number, the contents and the format of answers.
 
     Attributes:
         answers: number of answers.
@@ -108,8 +114,8 @@ class AnswerOptions(Frozen):
         prompt_logprobs: number of alternatives to each token of the prompt; None for no log-probabilities.
         echo: begin with the prompt.
         tools: file with the JSON schemas of tools, or None.
-        answer_format: family of models whose form the tool calls have; None to let the chat template decide.
-        tool_choice: name of the tool to call; "required" for any tool, "auto" to let the model choose.
+        answer_format: model family whose tool-call syntax to expect; None to detect it from the chat template.
+        tool_choice: name of the tool to call; "required" for a call of any tool, "auto" to let the model choose.
     """
 
     answers: int = 1
@@ -121,7 +127,7 @@ class AnswerOptions(Frozen):
     tool_choice: str = "auto"
 
     def given(self) -> Mapping[str, Any]:
-        """Return the sampling parameters among the options."""
+        """Return those options that are sampling parameters."""
         return {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs, "echo": self.echo}
 
 
@@ -160,8 +166,8 @@ def run(
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
     with fast_start(artifact):
-        # At exit Python collects garbage, which takes 5% of a short answer's time, although the exit frees all memory
-        # anyway. The collection skips frozen objects.
+        # Freeze all objects, so that Python's garbage collection at exit skips them. The collection would take 5% of a
+        # short answer's time, and the exit frees all memory anyway.
         atexit.register(gc.freeze)
         from ..load import load
 
@@ -214,7 +220,10 @@ def _answer(
     stats: bool,
     started: tuple[float, float],
 ) -> int:
-    """Answer a single prompt; `started` holds the process's age after the imports and its age after the load."""
+    """Answer a single prompt; return the exit code, 0.
+
+    `started` contains the age of the process in seconds after the imports, and its age after the load.
+    """
     text = _read_text(prompt)
     messages = _messages(prompt, text, before)
     asked = process_age()
@@ -245,15 +254,15 @@ def fast_start(artifact: Path | str) -> Iterator[None]:
     """Limit OpenBLAS to one thread inside the block, and turn garbage collection off if the artifact is a folder.
 
     Args:
-        artifact: a path or a URL. A URL leaves garbage collection on, because a pull makes garbage and takes
+        artifact: a path or a URL. Garbage collection stays on for a URL, because a pull creates garbage and takes
             longer than a collection.
     """
     collecting, threads = gc.isenabled(), "OPENBLAS_NUM_THREADS"
     limited = threads in os.environ
-    # NumPy multiplies no matrices here, so more OpenBLAS threads would only spin, for a tenth of the start's time.
+    # NumPy multiplies no matrices here. More OpenBLAS threads would only spin, and take a tenth of the start-up time.
     os.environ.setdefault(threads, "1")
     if isinstance(artifact, Path):
-        # A load makes no garbage, and a search for garbage would take a fortieth of the start.
+        # A load creates no garbage, and a search for garbage would take a fortieth of the start-up time.
         gc.disable()
     try:
         yield
@@ -261,8 +270,8 @@ def fast_start(artifact: Path | str) -> Iterator[None]:
         if not limited:
             os.environ.pop(threads, None)
         if not gc.get_freeze_count():
-            # This moves all objects to the oldest generation. Otherwise the next collection of young objects would
-            # visit everything that the load has made.
+            # The two calls move all objects to the oldest generation. Otherwise the next collection of young objects
+            # would visit every object that the load has created.
             gc.freeze()
             gc.unfreeze()
         if collecting:
@@ -281,12 +290,12 @@ def _check(prompt: Prompt) -> None:
         }
         option = next(name for name, value in given.items() if value)
         raise PrecastError(
-            f"{option} needs text to put through the chat template; use --prompt instead of --ids."
+            f"{option} needs text to format with the chat template; use --prompt instead of --ids."
         )
 
 
 def _read_text(prompt: Prompt) -> str:
-    """Return the prompt's text, read from standard input if none was given; empty for token ids."""
+    """Return the prompt's text, or "" for token ids. If no text was given, read it from standard input."""
     if prompt.ids is not None:
         return ""
     if prompt.text is not None:
@@ -302,19 +311,19 @@ def _read_text(prompt: Prompt) -> str:
 
 
 def piped_text(text: str) -> str:
-    """Remove what editors and shells add to a piped prompt: byte order mark, CRs of CRLF, one final newline."""
+    """Remove a byte order mark, the CR of each CRLF, and one final newline, which editors and shells add to a text."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
 
 
 def _opening(system: str | None, before: "State | None") -> "list[Message]":
-    """Return the messages before the user's new message: a saved chat, or else the system message, if any."""
+    """Return the messages before the user's new message: the saved chat, or else the system message, or else none."""
     if before is not None:
         return list(before.messages)
     return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _messages(prompt: Prompt, text: str, before: "State | None") -> "list[Message]":
-    """Return the conversation to answer; no messages if the prompt is text to continue."""
+    """Return the conversation to answer, or an empty list if the prompt is text to continue."""
     if not prompt.uses_template and not (before is not None and before.messages):
         return []
     if not text.strip():

@@ -1,4 +1,4 @@
-"""Format the speed of answers for people."""
+"""Format the speed of answers as text."""
 
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ def full(completions: "list[Completion]", first_token_s: float | None = None) ->
 
     Args:
         completions: at least one answer.
-        first_token_s: seconds from the start of the process to the first token, for a single answer.
+        first_token_s: seconds from the start of the process to the first token, or None to omit this figure.
     """
     prompt = sum(len(c.prompt_token_ids) for c in completions)
     prefill = sum(c.timing.prefill_s for c in completions)

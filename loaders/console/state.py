@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load(model: "Model", path: Path, prompt: "Prompt") -> "State | None":
-    """Load the state that an earlier command has saved; return None if the file does not exist yet.
+    """Load the state that an earlier command saved, or return None if the file does not exist yet.
 
     Raises:
         PrecastError: the state does not fit the artifact, or an option does not fit the state.
@@ -33,11 +33,11 @@ def load(model: "Model", path: Path, prompt: "Prompt") -> "State | None":
         )
     if state.messages and prompt.ids is not None:
         raise PrecastError(
-            f"{path}: holds a chat, which --ids cannot continue; use --prompt instead of --ids."
+            f"{path}: contains a chat, which --ids cannot continue; use --prompt instead of --ids."
         )
     if not state.messages and prompt.uses_template:
         raise PrecastError(
-            f"{path}: holds text, not a chat; leave out --chat, --system and --literal, or choose another file."
+            f"{path}: contains text, not a chat; leave out --chat, --system and --literal, or choose another file."
         )
     return state
 

@@ -12,12 +12,13 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 def open_closed_streams() -> None:
     """Open /dev/null in place of each standard stream that was closed when the process started.
 
-    Otherwise a file that is opened later would get the closed stream's file descriptor, and receive its output.
+    Otherwise a file that is opened later would get the file descriptor of the closed stream, and receive the stream's
+    output.
     """
     for number, (name, mode) in enumerate(_STREAMS):
         if getattr(sys, name) is not None:
             continue
-        # os.open returns the stream's own descriptor: the lowest free one, as all lower descriptors are open by now.
+        # os.open returns the lowest free descriptor. It is the stream's own, because all lower descriptors are open.
         handle = os.open(os.devnull, os.O_RDWR)
         os.set_inheritable(handle, True)
         setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))

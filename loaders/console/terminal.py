@@ -25,16 +25,16 @@ def has_colours() -> bool:
 
 
 def harmless(text: str) -> str:
-    """Replace each character that could control a terminal with a visible one."""
+    """Replace each character that could control a terminal with U+FFFD."""
     return text.translate(_SHOWN)
 
 
 def harmless_pieces(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the pieces of a text, made harmless for a terminal; a line may end in a carriage return and a newline."""
+    """Yield the pieces of a text with CRLF as newlines, and with `harmless` applied to all other characters."""
     held = ""
     for piece in pieces:
         text = held + piece
-        # The newline may come with the next piece.
+        # The newline may be at the start of the next piece.
         held = "\r" if text.endswith("\r") else ""
         text = text.removesuffix("\r").replace("\r\n", "\n")
         if text:
@@ -44,5 +44,5 @@ def harmless_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def escaped(line: str) -> str:
-    """In a line of JSON, escape the characters that could control a terminal; the value stays the same."""
+    """Return a line of JSON with escapes for the characters that could control a terminal. Its value is unchanged."""
     return line.translate({code: f"\\u{code:04x}" for code in _COMMANDS})

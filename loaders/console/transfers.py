@@ -12,8 +12,8 @@ def share(transfer: "Transfer", moved: str, place: str) -> str:
 
     Args:
         transfer: the result.
-        moved: participle for the transfer, such as "sent".
-        place: place of the pieces that were not transferred, such as "there".
+        moved: word for the transfer, such as "sent".
+        place: word for the place of the pieces that were not transferred, such as "there".
     """
     pieces = f"{transfer.moved_pieces} of {transfer.pieces} pieces"
     size = f"{transfer.moved_bytes / 1e6:,.1f} of {transfer.bytes / 1e6:,.1f} MB"

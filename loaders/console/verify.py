@@ -27,7 +27,7 @@ def run(
     require_signature: Path | None,
     threads: int | None,
 ) -> int:
-    """Verify an artifact and print the result; print the first difference on standard error too.
+    """Verify an artifact and print the result. If it differs, also print the first difference on standard error.
 
     Returns:
         The exit code: 0 if files and answers are as exported, 1 if they differ.
@@ -75,7 +75,7 @@ def run(
 
 
 def _in_savedmodel(manifest: "Manifest", names: Iterable[str]) -> bool:
-    """Return True if a file is in the folder of a SavedModel, where TensorFlow reads every file."""
+    """Return True if one of the files is in the folder of a SavedModel, because TensorFlow reads all files there."""
     folders = {
         PurePosixPath(program.executable).parent
         for target in manifest.targets

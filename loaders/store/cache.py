@@ -1,11 +1,11 @@
-"""The files that pulls keep on this machine, below ``pulled/`` in the cache folder.
+"""The files that pulls store on this machine, below ``pulled/`` in the cache folder.
 
 ::
 
     pieces/ab/abcd…        pieces of incomplete artifacts
-    folders/HASH.json      folder and index of a pulled artifact: other pulls reuse its pieces
+    folders/HASH.json      folder and index of a pulled artifact, so that other pulls can reuse its pieces
     artifacts/KEY/SHA256/  artifacts that run from their URLs, by the sha256 of their manifests
-    urls/KEY/HASH          sha256 of the manifest that a URL last led to, for when the store is unreachable
+    urls/KEY/HASH          sha256 of the manifest last pulled from a URL, in case the store is unreachable
 
 KEY is the sha256 of the public key that an artifact was checked with, or "unsigned". So a pull without a key, or with
 another key, never replaces an artifact that was checked with a key.
@@ -27,7 +27,7 @@ from ..artifact.errors import PrecastError
 from ..artifact.manifest import MANIFEST_FILE
 from .index import Index, Piece, parse_index
 
-# Age in seconds from which a partly written piece, and a piece of an incomplete artifact, counts as orphaned.
+# Age in seconds above which a partly written piece, or a piece of an incomplete artifact, is removed as orphaned.
 _ORPHANED_PARTIAL_S, _ORPHANED_PIECE_S = 3600, 30 * 24 * 3600
 # A file and an offset in it.
 Place = tuple[Path, int]
@@ -36,7 +36,7 @@ UNSIGNED = "unsigned"
 
 
 def folder() -> Path:
-    """Return the folder that holds this module's files.
+    """Return the folder of this module's files.
 
     Raises:
         PrecastError: other users may write to it.
@@ -46,7 +46,7 @@ def folder() -> Path:
 
 @contextmanager
 def explaining_write_errors() -> Iterator[None]:
-    """Turn the errors of writing to the cache folder into a PrecastError.
+    """Raise errors of writing to the cache folder as a PrecastError.
 
     Raises:
         PrecastError: a write fails; the message names the cache folder.
@@ -61,7 +61,12 @@ def explaining_write_errors() -> Iterator[None]:
 
 
 def artifact_folder(manifest: str, key: str) -> Path:
-    """Return the folder that an artifact with this manifest and key runs from."""
+    """Return the folder of an artifact that runs from its URL.
+
+    Args:
+        manifest: sha256 of the artifact's manifest.
+        key: sha256 of the key that the artifact was checked with, or `UNSIGNED`.
+    """
     return folder() / "artifacts" / key / manifest
 
 
@@ -122,9 +127,9 @@ def note_folder(path: Path, index: Index, key: str) -> None:
     """Record a pulled artifact.
 
     Args:
-        path: its folder.
-        index: its index.
-        key: sha256 of the key that it was checked with, or `UNSIGNED`.
+        path: the artifact's folder.
+        index: the artifact's index.
+        key: sha256 of the key that the artifact was checked with, or `UNSIGNED`.
     """
     note = {"folder": str(path.resolve()), "index": dataclasses.asdict(index), "key": key}
     _write_note("folders", _note_name(path), json.dumps(note))
@@ -137,7 +142,7 @@ def _note_name(path: Path) -> str:
 def checked_with(path: Path) -> tuple[str, str] | None:
     """Return the sha256 of the key that a pulled artifact was checked with, and of the artifact's manifest.
 
-    Return None if no key was used, or if the folder now holds another artifact.
+    Return None if no key was used, or if the folder now contains another artifact.
     """
     with suppress(OSError, ValueError, KeyError, TypeError, PrecastError):
         note = json.loads((folder() / "folders" / _note_name(path)).read_bytes())
@@ -148,7 +153,7 @@ def checked_with(path: Path) -> tuple[str, str] | None:
 
 
 def places(wanted: Mapping[str, Piece]) -> dict[str, Place]:
-    """Return the places on this machine that may hold pieces, by the piece's sha256."""
+    """Return places in pulled artifacts that may contain the wanted pieces, by the sha256 of the piece."""
     found: dict[str, Place] = {}
     for root, index in _noted_artifacts():
         for name, file in index.files.items():
@@ -161,7 +166,7 @@ def places(wanted: Mapping[str, Piece]) -> dict[str, Place]:
 
 
 def read_place(place: Place, piece: Piece) -> bytes | None:
-    """Return a piece from a file on this machine; None if the file no longer holds it."""
+    """Return a piece from a file on this machine; None if the file no longer contains the piece."""
     path, offset = place
     try:
         with files.open_plain(path) as file:
@@ -187,12 +192,12 @@ def _noted_artifacts() -> Iterator[tuple[Path, Index]]:
 
 
 def note_url(url: str, manifest: str, key: str) -> None:
-    """Record the manifest that a URL led to. Only a hash of the URL is stored, because it may contain secrets."""
+    """Record the manifest pulled from a URL. Only a hash of the URL is stored, because a URL may contain secrets."""
     _write_note(f"urls/{key}", _hash(url), manifest)
 
 
 def last_artifact(url: str, key: str) -> Path | None:
-    """Return the artifact that a URL last led to with this key; None if that is unknown, or the artifact is gone."""
+    """Return the folder of the artifact last pulled from a URL with this key; None if there is none, or it is gone."""
     with suppress(OSError, ValueError):
         manifest = (folder() / "urls" / key / _hash(url)).read_text("ascii").strip()
         root = artifact_folder(manifest, key)
@@ -202,7 +207,7 @@ def last_artifact(url: str, key: str) -> Path | None:
 
 
 def _write_note(kind: str, name: str, text: str) -> None:
-    # A missing note only costs another download.
+    # Ignore errors, because a missing note only causes another download.
     with suppress(OSError):
         path = folder() / kind / name
         cache_folder.make_private(path.parent)

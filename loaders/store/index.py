@@ -1,4 +1,4 @@
-"""The index of an artifact in a store: its files, cut into pieces that are named by their sha256.
+"""The index of an artifact in a store: the artifact's files, cut into pieces whose names are their sha256.
 
 ::
 
@@ -23,12 +23,12 @@ from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry, Manife
 from ..signing import MAX_SIGNATURE_BYTES
 
 INDEX_VERSION = 1
-# The size of a piece: small enough that a changed tensor or a lost connection costs little, and large enough that
-# requests are few.
+# The size of a piece. It is so small that a changed tensor or a lost connection costs little, and so large that a
+# transfer needs few requests.
 PIECE_BYTES = 16 << 20
 # The largest piece that a pull accepts, because another version of precast may cut larger pieces.
 MAX_PIECE_BYTES = 64 << 20
-# A tensor of at least this size begins a new piece, wherever it lies in the file.
+# A tensor of at least this size begins a new piece, at any offset in the file.
 _OWN_PIECE_BYTES = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 _MAX_HEADER_BYTES = 16 << 20
@@ -41,7 +41,7 @@ class Piece:
 
     Attributes:
         bytes: size.
-        sha256: hash, which names the piece.
+        sha256: hash, which is also the piece's name.
     """
 
     bytes: int
@@ -159,7 +159,7 @@ def check_against(index: Index, manifest: Manifest, where: str) -> None:
         where: beginning of error messages.
 
     Raises:
-        PrecastError: a file differs; the message names the first.
+        PrecastError: a file differs; the message names the first such file.
     """
     unlisted = (MANIFEST_FILE, SIGNATURE_FILE)
     stored = {
@@ -189,10 +189,10 @@ def lengths(size: int, starts: Sequence[int]) -> Iterator[int]:
 
 
 def tensor_starts(path: Path) -> list[int]:
-    """Return the offsets where large tensors of a safetensors file begin and end; none for an invalid header.
+    """Return the offsets at which large tensors of a safetensors file begin and end; none if the header is invalid.
 
-    Pieces that are cut there do not depend on the tensor's place in the file. So a second artifact, with a longer
-    context or one more tensor, shares the pieces of all tensors that both have.
+    If pieces begin at these offsets, the pieces of a tensor do not depend on its position in the file. Two artifacts
+    with different context lengths, or with one different tensor, then share the pieces of all equal tensors.
     """
     with open_plain(path) as file:
         length = int.from_bytes(file.read(8), "little")

@@ -68,15 +68,17 @@ def pull(
     log: _Log,
     progress: Progress | None = None,
 ) -> Transfer:
-    """Fetch an artifact into a folder, which appears once every byte has arrived and every hash has matched.
+    """Fetch an artifact into a folder. The folder appears once all bytes have arrived and all hashes match.
 
     Args:
         url: the URL that the artifact was pushed to.
-        folder: folder to write; ``artifacts/NAME`` by default. If it holds this artifact already, nothing is fetched.
+        folder: folder to write; ``artifacts/NAME`` by default. If it contains this artifact already, only the manifest
+            and the signature are fetched.
         overwrite: replace another artifact in the folder.
-        require_signature: file of a public key. Only manifest and signature are fetched before the check.
+        require_signature: file of the public key that the artifact must be signed with, or None. Only the manifest and
+            the signature are fetched before the check.
         log: receives messages.
-        progress: receives the number of bytes done; standard error shows them by default.
+        progress: receives the number of bytes done; None for a display on standard error.
 
     Raises:
         PrecastError: the store is unreachable, or its artifact is missing, incomplete, or not signed as required.
@@ -114,7 +116,7 @@ def _refuse_to_replace_checked(root: Path) -> None:
     """Refuse to replace an artifact that was verified with a key, if the new artifact is unverified.
 
     Raises:
-        PrecastError: the folder holds an artifact that was verified with a key; the message names the key.
+        PrecastError: the folder contains an artifact that was verified with a key; the message names the key.
     """
     if (checked := cache.checked_with(root)) is not None:
         raise PrecastError(
@@ -124,10 +126,10 @@ def _refuse_to_replace_checked(root: Path) -> None:
 
 
 def fetch(url: str, *, require_signature: Path | None, log: _Log, progress: Progress | None = None) -> Path:
-    """Return the folder in the cache that holds a URL's artifact; pull the artifact unless it is there.
+    """Return the cached folder of a URL's artifact. Pull the artifact if it is not in the cache.
 
-    Damaged files are fetched again. If the store is unreachable, the artifact that the URL last led to is used, and a
-    message says so.
+    Damaged files are fetched again. If the store is unreachable, the artifact last pulled from the URL is used, and
+    logged.
 
     Args:
         url: the URL that the artifact was pushed to.
@@ -197,7 +199,7 @@ def _fetch_head(job: _Pull) -> _Head:
 
 
 def _checked_signature(job: _Pull, manifest: bytes, fetched: list[Piece]) -> bytes | None:
-    """Return the store's signature, checked with the key; without a key, check only that it matches the manifest.
+    """Check the store's signature with the key, or without a key only against the manifest, and return it.
 
     Args:
         job: the pull.
@@ -205,7 +207,7 @@ def _checked_signature(job: _Pull, manifest: bytes, fetched: list[Piece]) -> byt
         fetched: receives the pieces that are fetched.
 
     Raises:
-        PrecastError: the signature is missing or does not fit.
+        PrecastError: the signature does not match, or the key requires a signature and there is none.
     """
     store, stored = job.store, job.index.files.get(SIGNATURE_FILE)
     signature = None if stored is None else _join(store, stored, fetched)
@@ -220,7 +222,7 @@ def _checked_signature(job: _Pull, manifest: bytes, fetched: list[Piece]) -> byt
 
 
 def _join(store: Store, file: StoredFile, fetched: list[Piece]) -> bytes:
-    """Return the contents of a small file; `fetched` receives the pieces that came from the store."""
+    """Return the contents of a small file. Append the pieces that came from the store to `fetched`."""
     parts = []
     for piece in file.pieces:
         data, was_fetched = _obtain(store, piece)
@@ -235,7 +237,7 @@ def _join(store: Store, file: StoredFile, fetched: list[Piece]) -> bytes:
 
 
 def _has_sizes(root: Path, index: Index) -> bool:
-    """Return True if the folder has the index's manifest, and every file of the index with its listed size."""
+    """Return True if the folder contains the index's manifest, and all files of the index in their listed sizes."""
     try:
         manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
         return hashlib.sha256(manifest).hexdigest() == index.manifest and all(
@@ -248,7 +250,7 @@ def _has_sizes(root: Path, index: Index) -> bool:
 
 
 def _is_intact(root: Path, index: Index) -> bool:
-    """Return True if every file has its hash in the index; skip files unchanged since they were last hashed."""
+    """Return True if every file matches its hash in the index. Files unchanged since their last hashing are skipped."""
     if not _has_sizes(root, index):
         return False
     try:
@@ -262,7 +264,7 @@ def _is_intact(root: Path, index: Index) -> bool:
 
 
 def _is_complete(root: Path, index: Index, manifest: bytes) -> bool:
-    """Read every file; return True if each file has its hash in the manifest."""
+    """Hash every file; return True if all files match their hashes in the manifest."""
     if not _has_sizes(root, index):
         return False
     listed = parse_manifest(manifest, str(root)).files
@@ -278,12 +280,12 @@ def _is_complete(root: Path, index: Index, manifest: bytes) -> bool:
 def _obtain(
     store: Store, piece: Piece, places: Mapping[str, cache.Place] | None = None
 ) -> tuple[bytes, bool]:
-    """Return a piece from this machine or from the store, and True if it was fetched.
+    """Return the bytes of a piece from this machine or from the store, and True if the store sent them.
 
     Args:
         store: the store.
         piece: the piece.
-        places: places on this machine that may hold pieces; looked up if None.
+        places: the result of `cache.places` for this piece; None to call it.
     """
     if (data := cache.load_piece(piece)) is not None:
         return data, False
@@ -297,7 +299,7 @@ def _obtain(
 
 
 def _download(store: Store, piece: Piece) -> bytes:
-    # Retry a piece that was damaged on the way, or was being written.
+    # Retry once, because the piece may have been damaged in transit, or read while it was being written.
     for _ in range(2):
         data = store.read(piece.path, piece.bytes)
         if len(data) == piece.bytes and hashlib.sha256(data).hexdigest() == piece.sha256:
@@ -331,8 +333,7 @@ def _receive(job: _Pull, *, overwrite: bool, progress: Progress | None) -> list[
         for name, file in index.files.items():
             _write(store, file, temporary.joinpath(*files.split_name(root, name)), name)
     files.record_hash(root / WEIGHTS_FILE, index.files[WEIGHTS_FILE].sha256)
-    # Record the folder before dropping the pieces, so that at any moment another pull finds their bytes in the folder
-    # or in the pieces.
+    # Record the folder before dropping the pieces, so that another pull can find the bytes of each piece at any moment.
     cache.note_folder(root, index, job.key_name)
     cache.drop_pieces(index)
     return fetched
@@ -341,7 +342,7 @@ def _receive(job: _Pull, *, overwrite: bool, progress: Progress | None) -> list[
 def _receive_unless_complete(
     job: _Pull, overwrite: bool, progress: Progress | None, manifest: bytes
 ) -> list[Piece]:
-    """Receive the artifact; ignore a failure if another process, with its own cache folder, completed the folder."""
+    """Receive the artifact. Ignore an error if another process, with another cache folder, has completed the folder."""
     try:
         return _receive(job, overwrite=overwrite, progress=progress)
     except PrecastError:
@@ -367,7 +368,7 @@ def _write(store: Store, file: StoredFile, path: Path, name: str) -> None:
 
 
 def _check_room(store: Store, index: Index, root: Path) -> None:
-    """Check the free space for both the pieces and the folder, which exist at the same time.
+    """Check that there is enough free space for the pieces and the folder, which exist at the same time.
 
     Raises:
         PrecastError: a disk is too full.
@@ -392,7 +393,7 @@ def _check_room(store: Store, index: Index, root: Path) -> None:
 
 
 def _renew_signature(job: _Pull, log: _Log) -> None:
-    """Replace a pulled artifact's signature with the store's newer one; log a signature that does not fit."""
+    """Replace a pulled artifact's signature with the store's signature, or log an error if the latter is invalid."""
     root, index = job.root, job.index
     with suppress(OSError, PrecastError):
         if files.sha256_of(files.member_path(root, SIGNATURE_FILE)) == index.files[SIGNATURE_FILE].sha256:
@@ -420,7 +421,7 @@ def _write_signature(root: Path, signature: bytes) -> None:
 
 @contextmanager
 def _locked(root: Path, log: _Log) -> Iterator[None]:
-    """Lock the folder: of several processes that pull to it, the first fetches, and the others wait."""
+    """Lock the folder, so that only one process at a time pulls to it."""
     import fcntl
 
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()
@@ -429,7 +430,7 @@ def _locked(root: Path, log: _Log) -> Iterator[None]:
         cache_folder.make_private(path.parent)
         file = path.open("w")
     with file:
-        # On a file system without locks each process fetches, and the first to finish wins.
+        # On a file system without locks, every process fetches the artifact, and the first one to finish wins.
         with suppress(OSError):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

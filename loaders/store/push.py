@@ -26,14 +26,14 @@ from .transfer import Transfer, map_in_threads, shown, summarise
 def push(path: Path, url: str, *, rehash: bool = False, progress: Progress | None = None) -> Transfer:
     """Send an artifact to a store.
 
-    Every file is hashed on the way and compared with the manifest. The index, which makes the artifact visible in the
-    store, is sent last. Nothing is ever removed from a store.
+    Each file is hashed during the transfer, and its hash is compared with the manifest. The index is sent last, because
+    it makes the artifact visible in the store. A push removes nothing from a store.
 
     Args:
-        path: the artifact's folder, or a folder with exactly one artifact in it.
-        url: the store's URL, with the artifact's name in the store as its last part.
-        rehash: read back the pieces that the store has already, and send damaged ones again.
-        progress: receives the number of bytes done; standard error shows them by default.
+        path: the artifact's folder, or a folder that contains exactly one artifact.
+        url: the store's URL, followed by the artifact's name in the store.
+        rehash: read back the pieces that are already in the store, and send damaged pieces again.
+        progress: receives the number of bytes done; None for a display on standard error.
 
     Raises:
         PrecastError: the artifact is incomplete, or the store refuses it.
@@ -52,7 +52,7 @@ def push(path: Path, url: str, *, rehash: bool = False, progress: Progress | Non
             sent += [piece] if was_sent else []
             done += piece.bytes
             show(Step(text="pushing", done=done, total=total, unit="bytes"))
-        # A piece that occurs several times was counted once, so the sum may have stayed below the total.
+        # A piece that occurs several times was counted once, so the sum may be below the total.
         show(Step(text="pushing", done=total, total=total, unit="bytes"))
     index = Index(index_version=INDEX_VERSION, manifest=files[MANIFEST_FILE].sha256, files=files)
     store.write(f"{store.name}.json", (json.dumps(dataclasses.asdict(index)) + "\n").encode())
@@ -60,7 +60,7 @@ def push(path: Path, url: str, *, rehash: bool = False, progress: Progress | Non
 
 
 def _send(store: Store, piece: Piece, data: bytes, rehash: bool) -> tuple[Piece, bool]:
-    """Send a piece unless the store has it; return the piece, and True if it was sent."""
+    """Send a piece if it is not in the store, or damaged there and `rehash` is set; return it, and True if sent."""
     if store.size(piece.path) == piece.bytes and not (rehash and _is_damaged(store, piece)):
         return piece, False
     store.write(piece.path, data)
@@ -107,7 +107,7 @@ def _in_memory(name: str, data: bytes) -> _Content:
 def _cut_all(
     root: Path, contents: Sequence[_Content], files: dict[str, StoredFile]
 ) -> Iterator[tuple[Piece, bytes]]:
-    """Yield each distinct piece once, with its bytes; add an entry to `files` after each file."""
+    """Yield each distinct piece once, with its bytes. After the pieces of a file, add the file to `files`."""
     seen = set()
     for content in contents:
         pieces = []
@@ -122,10 +122,10 @@ def _cut_all(
 
 
 def _cut(root: Path, content: _Content) -> Iterator[tuple[Piece, bytes]]:
-    """Yield the pieces of a file; at the end, compare the file's hash with the manifest's.
+    """Yield the pieces of a file with their bytes. After the last piece, check the hash of the file.
 
     Raises:
-        PrecastError: the hashes differ.
+        PrecastError: the hash differs from the hash in the manifest.
     """
     path, size = member_path(root, content.name), content.entry.bytes
     starts = tensor_starts(path) if content.name == WEIGHTS_FILE else []

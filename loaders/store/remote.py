@@ -1,4 +1,4 @@
-"""Remote stores: folders of file systems that fsspec supports, each named by a URL.
+"""Remote stores. A store is a folder in a file system that fsspec supports, and has a URL.
 
 Secrets in a URL (``s3://KEY:SECRET@bucket/…``) appear neither in messages nor on disk.
 """
@@ -33,9 +33,9 @@ _PERMANENT = (
     PermissionError,
 )
 _PERMANENT_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
-# The statuses with which a web server refuses PUT.
+# The HTTP status codes with which a web server refuses PUT.
 _READ_ONLY = (405, 501)
-# For these protocols, fsspec always caches listings, and shows half-written files.
+# For these protocols, fsspec always caches listings, and partly written files are visible.
 _UNSUPPORTED = ("sftp", "ssh")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -70,12 +70,12 @@ class Store:
         return without_secrets(self.url)
 
     def read(self, path: str, limit: int, *, attempts: int = len(_WAITS) + 1) -> bytes:
-        """Return the contents of a file, at most `limit` + 1 bytes; the extra byte shows that the file is too large.
+        """Return the first `limit` + 1 bytes of a file. If there are that many, the file exceeds the limit.
 
         Args:
             path: the file's path in the store.
-            limit: the largest size that the caller accepts.
-            attempts: number of attempts before the store counts as unreachable.
+            limit: the largest size in bytes that the caller accepts.
+            attempts: number of attempts after which the store counts as unreachable.
 
         Raises:
             NotFoundError: the file does not exist.
@@ -85,7 +85,7 @@ class Store:
         return self._with_retries(lambda: self._read(self.folder + path, limit), path, attempts)
 
     def size(self, path: str) -> int | None:
-        """Return the size of a file in bytes; None if it does not exist."""
+        """Return the size of a file in bytes; None if the file does not exist."""
         try:
             size: int = self._with_retries(lambda: self.files.info(self.folder + path)["size"], path)
         except NotFoundError:
@@ -93,7 +93,7 @@ class Store:
         return size
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file atomically, and replace an existing one.
+        """Write a file atomically. An existing file is replaced.
 
         Raises:
             PrecastError: the store refuses the file.
@@ -123,7 +123,7 @@ class Store:
         if "file" not in self.files.protocol:
             self.files.pipe_file(path, data)
             return
-        # Object stores write atomically; on a local file system, the rename makes the write atomic.
+        # Object stores write atomically. On a local file system, the rename makes the write atomic.
         self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
         temporary = Path(f"{path}.{token_hex(6)}.partial")
         with on_interrupt(temporary.unlink):
@@ -178,14 +178,14 @@ def _read_plain(path: Path, limit: int) -> bytes:
 
 
 class _NotPlain(Exception):
-    """The path of a file leads to a pipe, a device or a folder."""
+    """A pipe, a device or a folder exists at the path of a file."""
 
 
 def _underlying(error: Exception) -> Exception:
-    """Return the true error behind an error that fsspec has raised.
+    """Return the true cause of an error that fsspec has raised.
 
-    If a web server does not answer, or refuses, fsspec raises FileNotFoundError and gives the true error as its cause.
-    From other stores a FileNotFoundError is genuine, even if it has a cause.
+    If a web server does not answer, or refuses a request, fsspec raises a FileNotFoundError whose cause is the true
+    error. Any other FileNotFoundError is genuine, even if it has a cause.
     """
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or isinstance(cause, FileNotFoundError):
@@ -205,7 +205,7 @@ def open_store(url: str) -> Store:
         url: the store's URL, with the artifact's name as its last part.
 
     Raises:
-        PrecastError: the URL is invalid, its protocol is not supported, or a package for it is not installed.
+        PrecastError: the URL is invalid, its protocol is not supported, or the package for it is missing.
     """
     shown = without_secrets(url)
     protocol, separator, rest = url.partition("://")
@@ -262,12 +262,16 @@ def _package(protocol: str) -> str:
 
 
 def _s3_options(parent: str, configured: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the bucket and the options for s3fs: the URL's key and secret, and no retries, because `Store` retries."""
+    """Return the bucket, and the options for s3fs.
+
+    The options contain the key and the secret of the URL, if it has them. They turn retries off, because `Store`
+    retries.
+    """
     options: dict[str, Any] = {}
     if "config_kwargs" not in configured:
         options["config_kwargs"] = {"retries": {"max_attempts": 1}, "connect_timeout": 15}
     user, at, bucket = parent.rpartition("@")
-    if at and ":" in user:  # the name of a folder may contain an @, too
+    if at and ":" in user:  # without a colon, the @ is part of a folder's name
         key, _, secret = user.partition(":")
         return bucket, options | {"key": unquote(key), "secret": unquote(secret)}
     return parent, options

@@ -1,8 +1,8 @@
 """The common part of push and pull.
 
-An artifact travels in pieces. Pieces that are already at the destination stay there, so an interrupted transfer
-resumes, and a second version of an artifact transfers only the changes. `index` describes the layout of a store, and
-`cache` describes the files that pulls keep on this machine.
+An artifact is transferred in pieces. A piece that is already at the destination is not transferred again, so an
+interrupted transfer resumes, and a second version of an artifact transfers only the changes. `index` describes the
+layout of a store, and `cache` describes the files that pulls store on this machine.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -71,9 +71,9 @@ def summarise(root: Path, store: Store, index: Index, moved: Sequence[Piece]) ->
 def map_in_threads(
     function: Callable[[Item], Result], items: Iterator[Item]
 ) -> Generator[Result, None, None]:
-    """Yield the results of a function in the order of completion.
+    """Call a function for each item in threads, and yield the results in the order of completion.
 
-    An item may hold megabytes, so items are taken only as fast as the threads finish them.
+    At most one item waits for a thread, because an item may contain megabytes.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         pending: set[Future[Result]] = set()
@@ -89,5 +89,5 @@ def map_in_threads(
 
 
 def shown(progress: Progress | None) -> AbstractContextManager[Progress]:
-    """Yield `progress`; if it is None, yield a function that shows progress on a terminal, and nothing elsewhere."""
+    """Yield `progress`. If it is None, yield a function that shows progress if standard error is a terminal."""
     return progress_on_terminal() if progress is None else nullcontext(progress)

@@ -491,4 +491,4 @@ def test_the_command_answers_a_file(
     again = cli("batch", slots_artifact, source, target, "-n", 4)
     assert f"{target}: 5 answers and 3 errors, 8 of them from an earlier run\n" in again.stderr
     same = cli("batch", slots_artifact, source, source)
-    assert same.stderr == f"error: {source}: is the input as well as the output; choose another output.\n"
+    assert same.stderr == f"error: {source}: is both the input and the output; choose another output.\n"

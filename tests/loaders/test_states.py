@@ -343,7 +343,10 @@ def test_run_goes_on_with_text(cli, record, tiny_artifact, tmp_path, answered):
     refused = cli("run", tiny_artifact, "--chat", "-p", "x", "--state", path)
     assert (refused.exit_code, refused.stderr) == (
         2,
-        f"error: {path}: holds text, not a chat; leave out --chat, --system and --literal, or choose another file.\n",
+        (
+            f"error: {path}: contains text, not a chat; leave out --chat, --system and --literal, or choose another"
+            " file.\n"
+        ),
     )
 
 
@@ -364,7 +367,7 @@ def test_run_goes_on_with_a_chat(cli, record, tiny_artifact, tmp_path):
             "y",
         ): "the chat has begun, so --system cannot change the system message; leave out"
         " --system, or choose another file.",
-        ("--ids", "1"): "holds a chat, which --ids cannot continue; use --prompt instead of --ids.",
+        ("--ids", "1"): "contains a chat, which --ids cannot continue; use --prompt instead of --ids.",
     }.items():
         refused = cli("run", tiny_artifact, *option, "--state", path)
         assert (refused.exit_code, refused.stderr) == (2, f"error: {path}: {text}\n")
