@@ -30,6 +30,7 @@ from precast.loaders.console import command, options
 if TYPE_CHECKING:
     from precast.loaders.audit.evaluate import Scorer
     from precast.loaders.console.run import AnswerOptions, LoadOptions, SamplingOptions
+    from precast.loaders.console.serve import ServeOptions
 
 # Hide XLA's notes about devices, but not its errors. XLA reads this variable when it is loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
@@ -276,6 +277,24 @@ def batch(
     from precast.loaders.console import batch as console
 
     return console.run(artifact, source, output, sampling=sampling, loading=loading)
+
+
+@main.command()
+@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=options.ARTIFACT)
+@options.serving
+@options.loading
+def serve(artifacts: tuple[Path | str, ...], serving: "ServeOptions", loading: "LoadOptions") -> int:
+    """Serve ARTIFACTs over HTTP.
+
+    An ARTIFACT is the folder of an artifact, a folder of such folders, or the URL of a pushed artifact. The server
+    speaks OpenAI's API and Anthropic's API. A model has the name of its folder. A single model is loaded at the start;
+    several are loaded at their first requests. A model answers once it has reproduced its golden answers.
+
+    Exit code 0: the server was stopped by SIGTERM or Ctrl-C. 2: an error.
+    """
+    from precast.loaders.console import serve as console
+
+    return console.run(artifacts, options=serving, loading=loading)
 
 
 @main.command("add-target")

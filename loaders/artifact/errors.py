@@ -18,6 +18,10 @@ class PrecastError(Exception):
         super().__init__(_one_line(message))
 
 
+class PromptTooLongError(PrecastError):
+    """A prompt that leaves no room in the model's context."""
+
+
 def printable(text: str) -> str:
     """Return untrusted text as one line of printable characters; keep its indentation."""
     if text.isprintable():

@@ -11,6 +11,7 @@ import click
 
 from ..required_key import required_key
 from .run import AnswerOptions, LoadOptions, SamplingOptions
+from .serve import ServeOptions
 
 Command = Callable[..., int]
 # The syntax of llama.cpp's --logit-bias.
@@ -265,6 +266,87 @@ _LOADING = (
     KEY,
     THREADS,
 )
+_SERVING = (
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    click.option(
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=8000,
+        show_default=True,
+        help="Port to listen on; 0 takes any free port.",
+    ),
+    click.option(
+        "--api-key-file",
+        metavar="FILE",
+        type=PATH,
+        help="Answer only requests with an API key from this file, which has one key a line. Default: the keys in"
+        " PRECAST_API_KEYS, separated by commas. Without keys, every request is answered.",
+    ),
+    click.option(
+        "--cors-origin",
+        "cors_origins",
+        metavar="ORIGIN",
+        multiple=True,
+        help="Let web pages of this origin, such as https://example.org, read the answers; * lets all. May be given"
+        " several times.",
+    ),
+    click.option(
+        "--max-queue",
+        type=int,
+        default=64,
+        show_default=True,
+        help="Refuse requests (429) while this many answers per model wait for a slot.",
+    ),
+    click.option("--max-tokens", type=int, help="Refuse requests for longer answers than this many tokens."),
+    click.option(
+        "--max-body",
+        type=float,
+        default=4,
+        show_default=True,
+        metavar="MIB",
+        help="Refuse requests whose body is larger.",
+    ),
+    click.option(
+        "--request-timeout",
+        type=float,
+        default=600,
+        show_default=True,
+        metavar="SECONDS",
+        help="End an answer this long after its request arrived.",
+    ),
+    click.option(
+        "--drain-timeout",
+        type=float,
+        default=30,
+        show_default=True,
+        metavar="SECONDS",
+        help="Let the answers in progress take this long after SIGTERM.",
+    ),
+    click.option(
+        "--idle-unload",
+        type=float,
+        metavar="SECONDS",
+        help="Unload a model that has had no request for this long. The next request loads it again.",
+    ),
+    click.option(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="Before loading a model, unload others, the least recently used first, so that the loaded models take at"
+        " most this much memory.",
+    ),
+    click.option(
+        "--literal/--no-literal",
+        default=True,
+        show_default=True,
+        help="Treat messages as plain text: special tokens spelt in them cannot forge a turn.",
+    ),
+    click.option(
+        "--answer-format",
+        metavar="FAMILY",
+        help="Expect tool calls in the form of this family of models, as in precast run.",
+    ),
+)
 
 
 def sampling(command: Command) -> Command:
@@ -282,11 +364,16 @@ def loading(command: Command) -> Command:
     return _gathering(command, _LOADING, "loading", LoadOptions)
 
 
+def serving(command: Command) -> Command:
+    """Give a command the options for serving; it receives them as one argument, `serving`."""
+    return _gathering(command, _SERVING, "serving", ServeOptions)
+
+
 def _gathering(
     command: Command,
     options: tuple[Callable[[Command], Command], ...],
     name: str,
-    record: type[AnswerOptions | LoadOptions | SamplingOptions],
+    record: type[AnswerOptions | LoadOptions | SamplingOptions | ServeOptions],
 ) -> Command:
     """Decorate a command with options that it receives as the fields of one record."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..artifact.errors import PrecastError
+from ..artifact.errors import PrecastError, PromptTooLongError
 from ..artifact.manifest import Manifest, Target
 from ..text.tokenizer import Tokenizer
 from .engine import Engine
@@ -397,7 +397,7 @@ class Model:
         if len(ids) == 0:
             raise PrecastError("prompt: expected at least one token, found none; give the model some text.")
         if len(ids) >= context:
-            raise PrecastError(
+            raise PromptTooLongError(
                 f"prompt: {len(ids)} tokens leave no room in a context of {context}; shorten it to {context - 1}"
                 " or fewer, or export with a larger --context."
             )

@@ -1,0 +1,87 @@
+"""Who may use the server: API keys, and the names under which a local server may be addressed."""
+
+import hmac
+from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+
+from ..artifact.errors import PrecastError
+from .errors import ApiError
+
+KEYS_VARIABLE = "PRECAST_API_KEYS"
+
+
+def read_keys(path: Path | None, environment: Mapping[str, str]) -> tuple[bytes, ...]:
+    """Return the API keys of a file, one a line, or else those of PRECAST_API_KEYS, separated by commas.
+
+    Raises:
+        PrecastError: the file cannot be read, or has no key; or a key has other characters than printable ASCII.
+    """
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise PrecastError(f"{path}: cannot be read ({reason}); check --api-key-file.") from None
+        keys = text.split()
+        source = str(path)
+    else:
+        keys = [key for part in environment.get(KEYS_VARIABLE, "").split(",") if (key := part.strip())]
+        source = KEYS_VARIABLE
+    if path is not None and not keys:
+        raise PrecastError(f"{source}: expected at least one API key, found none; write one a line.")
+    if any(not (key.isascii() and key.isprintable()) for key in keys):
+        raise PrecastError(f"{source}: expected API keys of printable ASCII characters; replace the key.")
+    return tuple(key.encode() for key in keys)
+
+
+def check_key(headers: Mapping[str, str], keys: Sequence[bytes]) -> None:
+    """Check a request's API key, in a time that does not depend on the key.
+
+    Raises:
+        ApiError: the server needs a key, and the request gives none or another.
+    """
+    if not keys:
+        return
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    # Compare with every key, so that the time does not tell which one fits.
+    found = [hmac.compare_digest(given.encode(), key) for key in keys]
+    if not any(found):
+        text = (
+            "Incorrect API key; give a valid one in the header Authorization: Bearer KEY, or x-api-key: KEY."
+        )
+        raise ApiError(401, text, code="invalid_api_key")
+
+
+def check_host(headers: Mapping[str, str], address: str) -> None:
+    """Refuse a local server's requests that a foreign web page may have sent through a name of its own.
+
+    Args:
+        headers: the request's headers.
+        address: the address on which the server listens.
+
+    Raises:
+        ApiError: the server listens on a loopback address, and the header Host names another machine.
+    """
+    if is_local(address) and not is_local(_name(headers.get("host", address))):
+        raise ApiError(
+            403, "The header Host must name this machine: localhost or 127.0.0.1.", code="host_not_allowed"
+        )
+
+
+def _name(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdecimal() else host
+
+
+def is_local(address: str) -> bool:
+    """Return True for a name or an address of this machine alone."""
+    if address.lower() == "localhost":
+        return True
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,250 @@
+"""Answers of a model to one request: any number of streams, read together."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..artifact.errors import PrecastError, PromptTooLongError
+from ..artifact.frozen import Frozen
+from ..generation.sampling_params import SamplingParams
+from .errors import ApiError
+from .metrics import Metrics
+from .pool import Pool
+from .requests import Request, timed_out
+from .settings import ServeSettings
+
+if TYPE_CHECKING:
+    from ..generation.model import Message, Model, Prompt
+    from ..generation.stream import Completion, Stream
+    from ..text.answer_parser import Delta
+
+_Result = TypeVar("_Result")
+# Maximum number of deltas that wait for their reader, over all answers of a request.
+_UNREAD = 64
+
+
+class Ask(Frozen):
+    """The work that a request asks of a model: answers to prompts, or to a chat.
+
+    Attributes:
+        model: the model's name.
+        fields: sampling parameters that differ from the model's own defaults.
+        count: number of answers to each prompt.
+        prompts: the prompts; None for a chat.
+        messages: the messages of the chat.
+        tools: the tools that the model may call.
+        tool_choice: as for `Model.chat`.
+        template_variables: further variables of the chat template.
+    """
+
+    model: str
+    fields: Mapping[str, Any]
+    count: int = 1
+    prompts: "Sequence[Prompt] | None" = None
+    messages: "Sequence[Message]" = ()
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str = "auto"
+    template_variables: Mapping[str, Any] | None = None
+
+    @property
+    def answers(self) -> int:
+        """The number of answers."""
+        return self.count * (1 if self.prompts is None else len(self.prompts))
+
+
+class Services(Frozen):
+    """The parts of a server that handlers use.
+
+    Attributes:
+        settings: the settings.
+        pool: the models.
+        preparing: the threads that check requests, render chat templates and tokenise.
+        metrics: the metrics.
+    """
+
+    settings: ServeSettings
+    pool: Pool
+    preparing: Executor
+    metrics: Metrics
+
+    async def prepare(self, work: Callable[[], _Result]) -> _Result:
+        """Call a function in a thread, so that it does not block the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.preparing, work)
+
+
+class Answers:
+    """The answers to one request while they are generated.
+
+    Attributes:
+        model: the model.
+        streams: the answers; all answers to the first prompt come first.
+    """
+
+    def __init__(self, model: "Model", streams: "Sequence[Stream]") -> None:
+        self.model, self.streams = model, streams
+        self._running = set(range(len(streams)))
+
+    async def deltas(self) -> "AsyncIterator[tuple[int, Delta | None]]":
+        """Yield the pieces of all answers as they arrive: the answer's index, and the piece or None at the end.
+
+        Raises:
+            ApiError: an answer failed, or took too long.
+        """
+        source = _one(self.streams[0]) if len(self.streams) == 1 else _merged(self.streams)
+        try:
+            async for index, delta in source:
+                if delta is None:
+                    self._running.discard(index)
+                    if self.streams[index].completion.finish_reason == "timeout":
+                        raise timed_out()
+                yield index, delta
+        except PrecastError as error:
+            raise ApiError(500, str(error)) from error
+
+    async def completions(self) -> "list[Completion]":
+        """Return the answers once all are complete; errors as for `deltas`."""
+        async for _ in self.deltas():
+            pass
+        return [stream.completion for stream in self.streams]
+
+    async def close(self) -> None:
+        """End the answers that still run, and free their slots."""
+        await asyncio.gather(*(self.streams[index].aclose() for index in self._running))
+
+
+@asynccontextmanager
+async def answering(services: Services, request: Request, ask: Ask) -> AsyncIterator[Answers]:
+    """Yield the answers to a request; end them at the end of the block.
+
+    Raises:
+        ApiError: the request does not suit the model, the queue is full, or the model does not load.
+    """
+    request.facts["model"] = ask.model
+    async with _before_deadline(request, services.pool.lease(ask.model, ask.answers)) as model:
+        work = partial(_streams, model, ask, services.settings, request.seconds_left)
+        answers = Answers(model, await _checked(services.prepare(work)))
+        try:
+            yield answers
+        finally:
+            await asyncio.shield(answers.close())
+            done = [stream.completion for stream in answers.streams]
+            request.facts.update(_facts(done))
+            services.metrics.observe(ask.model, done)
+
+
+@asynccontextmanager
+async def _before_deadline(
+    request: Request, lease: "AbstractAsyncContextManager[Model]"
+) -> "AsyncIterator[Model]":
+    """Enter a lease; raise an error if that takes until the request's deadline."""
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(request.seconds_left):
+                model = await stack.enter_async_context(lease)
+        except TimeoutError:
+            raise timed_out() from None
+        yield model
+
+
+async def _checked(work: Awaitable[_Result]) -> _Result:
+    """Wait for the preparation of a request.
+
+    Raises:
+        ApiError: the request does not suit the model.
+    """
+    try:
+        return await work
+    except PromptTooLongError as error:
+        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
+    except PrecastError as error:
+        raise ApiError(400, str(error).removeprefix("Sampling parameters: ")) from None
+    except RecursionError:
+        raise ApiError(400, "The request must be nested less deeply.") from None
+
+
+def _streams(model: "Model", ask: Ask, settings: ServeSettings, timeout_s: float) -> "list[Stream]":
+    """Check a request, and return its answers, which begin at their first read.
+
+    Raises:
+        PrecastError: the request does not suit the model.
+    """
+    params = sampling_of(model, ask.fields, settings, timeout_s)
+    if ask.prompts is not None:
+        pairs = [(prompt, each) for prompt in ask.prompts for each in params.for_answers(ask.count)]
+        return [model.stream(prompt, each) for prompt, each in pairs]
+    return [
+        model.stream_chat(
+            ask.messages,
+            each,
+            tools=ask.tools,
+            literal=settings.literal,
+            answer_format=settings.answer_format,
+            tool_choice=ask.tool_choice,
+            template_variables=ask.template_variables,
+        )
+        for each in params.for_answers(ask.count)
+    ]
+
+
+def sampling_of(
+    model: "Model", fields: Mapping[str, Any], settings: ServeSettings, timeout_s: float
+) -> SamplingParams:
+    """Return a request's sampling parameters.
+
+    Raises:
+        PrecastError: a parameter is out of range, or exceeds the server's limit.
+    """
+    params = replace(model.default_sampling(), **fields, timeout_s=timeout_s)
+    if (most := settings.max_tokens) is None:
+        return params
+    if (params.max_tokens or 0) > most:
+        raise PrecastError(
+            f"max_tokens: expected at most {most}, the server's limit, found {params.max_tokens}."
+        )
+    return params if params.max_tokens is not None else replace(params, max_tokens=most)
+
+
+async def _one(stream: "Stream") -> "AsyncIterator[tuple[int, Delta | None]]":
+    async for delta in stream.aevents():
+        yield 0, delta
+    yield 0, None
+
+
+async def _merged(streams: "Sequence[Stream]") -> "AsyncIterator[tuple[int, Delta | None]]":
+    """Yield the pieces of several answers in the order of their arrival."""
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(_UNREAD)
+
+    async def read(index: int, stream: "Stream") -> None:
+        try:
+            async for delta in stream.aevents():
+                await queue.put((index, delta))
+            await queue.put((index, None))
+        except Exception as error:
+            await queue.put((index, error))
+
+    readers = [asyncio.create_task(read(*pair)) for pair in enumerate(streams)]
+    try:
+        left = len(readers)
+        while left:
+            index, found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            left -= found is None
+            yield index, found
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+
+def _facts(done: "Sequence[Completion]") -> dict[str, Any]:
+    """Return the facts about answers for the log."""
+    return {
+        "prompt_tokens": sum(len(c.prompt_token_ids) for c in done),
+        "completion_tokens": sum(len(c.token_ids) for c in done),
+        "finish_reasons": [c.finish_reason for c in done],
+    }

@@ -1,0 +1,137 @@
+"""``/v1/completions``."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from ...text.answer_parser import ContentDelta
+from ..answers import Answers, Ask, Services, answering
+from ..errors import ApiError, openai_error
+from ..requests import EventReply, Reply, Request, event, json_reply
+from ..schema import parse
+from .chat import DONE
+from .schemas import CompletionRequest
+from .translate import completion_ask
+from .usage import fingerprint, timings, usage
+
+if TYPE_CHECKING:
+    from ...generation.logprobs import TokenLogprob
+    from ...generation.stream import Completion
+
+_LEAST = -9999.0
+
+
+async def completions(services: Services, request: Request, body: bytes) -> Reply | EventReply:
+    """Continue prompts."""
+    given, ask = await services.prepare(lambda: _read(body))
+    async with AsyncExitStack() as stack:
+        answers = await stack.enter_async_context(answering(services, request, ask))
+        head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": ask.model,
+            "system_fingerprint": fingerprint(answers.model),
+        }
+        if given.stream:
+            return EventReply(events=_events(answers, head, ask, given), closing=stack.pop_all())
+        done = [_trimmed(completion, answers, given) for completion in await answers.completions()]
+        choices = [_choice(index, completion, answers, given) for index, completion in enumerate(done)]
+        return json_reply(
+            {**head, "choices": choices, "usage": usage(done, ask.count), "timings": timings(done)}
+        )
+
+
+def _read(body: bytes) -> tuple[CompletionRequest, Ask]:
+    given = parse(CompletionRequest, body)
+    return given, completion_ask(given)
+
+
+def _trimmed(completion: "Completion", answers: Answers, given: CompletionRequest) -> "Completion":
+    """Return an answer without its only token if the request asks for no token."""
+    if given.max_tokens != 0:
+        return completion
+    text = answers.model.tokenizer.decode(completion.prompt_token_ids)
+    return replace(completion, text=text, token_ids=(), logprobs=(), finish_reason="length")
+
+
+def _choice(
+    index: int, completion: "Completion", answers: Answers, given: CompletionRequest
+) -> dict[str, Any]:
+    known = (
+        None if given.logprobs is None else _Logprobs(answers.model.tokenizer.token_text).further(completion)
+    )
+    return {
+        "index": index,
+        "text": completion.text,
+        "logprobs": known,
+        "finish_reason": completion.finish_reason,
+    }
+
+
+class _Logprobs:
+    """The log-probabilities of one answer, in the form of completions.
+
+    Args:
+        text_of: a function from a token to its text.
+    """
+
+    def __init__(self, text_of: Callable[[int], str]) -> None:
+        self._text_of = text_of
+        self._sent = self._offset = 0
+
+    def further(self, completion: "Completion") -> dict[str, Any]:
+        """Return the log-probabilities of the tokens since the last call."""
+        tokens = (*completion.prompt_logprobs, *completion.logprobs)[self._sent :]
+        self._sent += len(tokens)
+        # The model does not predict the first token of the prompt.
+        texts = [
+            self._text_of(completion.prompt_token_ids[0]) if token is None else token.text for token in tokens
+        ]
+        *offsets, self._offset = accumulate(map(len, texts), initial=self._offset)
+        return {
+            "tokens": texts,
+            "token_logprobs": [None if token is None else max(token.logprob, _LEAST) for token in tokens],
+            "top_logprobs": [None if token is None else _top(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+def _top(token: "TokenLogprob") -> dict[str, float]:
+    """Return the likeliest tokens and the chosen one; of two tokens with the same text, the likelier one."""
+    found: dict[str, float] = {}
+    for each in (*token.top, token):
+        found.setdefault(each.text, max(each.logprob, _LEAST))
+    return found
+
+
+async def _events(
+    answers: Answers, head: Mapping[str, Any], ask: Ask, given: CompletionRequest
+) -> AsyncIterator[bytes]:
+    """Yield the events of streamed answers."""
+    has_usage = bool(given.stream_options and given.stream_options.include_usage)
+    spare = {"usage": None} if has_usage else {}
+    known = [_Logprobs(answers.model.tokenizer.token_text) for _ in answers.streams]
+
+    def chunk(index: int, text: str, reason: str | None) -> dict[str, Any]:
+        found = None if given.logprobs is None else known[index].further(answers.streams[index].completion)
+        choice = {"index": index, "text": text, "logprobs": found, "finish_reason": reason}
+        return {**head, "choices": [choice], **spare}
+
+    try:
+        async for index, delta in answers.deltas():
+            if delta is None:
+                completion = answers.streams[index].completion
+                yield event(chunk(index, "", completion.finish_reason) | {"timings": timings([completion])})
+            elif isinstance(delta, ContentDelta):
+                yield event(chunk(index, delta.text, None))
+        if has_usage:
+            done = [stream.completion for stream in answers.streams]
+            yield event({**head, "choices": [], "usage": usage(done, ask.count), "timings": timings(done)})
+        yield DONE
+    except ApiError as error:
+        yield event(openai_error(error))

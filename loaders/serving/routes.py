@@ -1,0 +1,66 @@
+"""All routes of the server."""
+
+from collections.abc import Awaitable, Callable, Mapping
+
+from ..artifact.frozen import Frozen
+from . import status, tokens
+from .answers import Services
+from .openai import chat, completions, models
+from .openai.schemas import ChatRequest, CompletionRequest
+from .requests import EventReply, Reply, Request
+from .schema import Schema
+
+Handler = Callable[[Services, Request, bytes], Awaitable[Reply | EventReply]]
+
+
+class ApiRoute(Frozen):
+    """A route.
+
+    Attributes:
+        method: the HTTP method.
+        path: the path, with variables in braces.
+        handler: the function that answers.
+        api: the API whose form errors have: "openai" or "anthropic".
+        summary: one sentence for the documentation.
+        schema: the schema of the body; None without a body.
+        is_public: True if no key is needed.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    api: str = "openai"
+    schema: type[Schema] | None = None
+    is_public: bool = False
+
+
+def _get(path: str, handler: Handler, summary: str, *, is_public: bool = False) -> ApiRoute:
+    return ApiRoute(method="GET", path=path, handler=handler, summary=summary, is_public=is_public)
+
+
+def _post(
+    path: str, handler: Handler, schema: type[Schema], summary: str, *, api: str = "openai"
+) -> ApiRoute:
+    return ApiRoute(method="POST", path=path, handler=handler, summary=summary, api=api, schema=schema)
+
+
+ROUTES = (
+    _post("/v1/chat/completions", chat.chat, ChatRequest, "Answer a chat."),
+    _post("/v1/completions", completions.completions, CompletionRequest, "Continue prompts."),
+    _get("/v1/models", models.list_models, "List the models."),
+    _get("/v1/models/{model}", models.show_model, "Show a model."),
+    _post("/tokenize", tokens.tokenize, tokens.TokenizeRequest, "Return the tokens of a text or of a chat."),
+    _post("/detokenize", tokens.detokenize, tokens.DetokenizeRequest, "Return the text of tokens."),
+    _get("/health", status.health, "Tell that the server runs.", is_public=True),
+    _get("/ready", status.ready, "Tell if the server can answer.", is_public=True),
+    _get("/metrics", status.metrics, "Show the metrics in Prometheus' text format."),
+)
+
+
+def by_path(routes: tuple[ApiRoute, ...] = ROUTES) -> Mapping[str, Mapping[str, ApiRoute]]:
+    """Return the routes of each path, by method."""
+    found: dict[str, dict[str, ApiRoute]] = {}
+    for route in routes:
+        found.setdefault(route.path, {})[route.method] = route
+    return found

@@ -1,0 +1,165 @@
+"""Run a server until it is asked to stop, and let the answers in progress finish."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import current_thread, main_thread
+
+import uvicorn
+
+from ..artifact.errors import PrecastError
+from .access import is_local
+from .answers import Services
+from .app import make_app
+from .logs import Log, LogHandler
+from .metrics import Metrics
+from .pool import Pool
+from .settings import ServeSettings
+
+# Threads that check requests, render chat templates and tokenise; each request needs milliseconds.
+_PREPARING = 2
+# Threads besides one for each model, which computes: for loading models and for closing streams.
+_SPARE_THREADS = 8
+# Maximum size of a request's headers, in bytes.
+_MOST_HEADERS = 32 << 10
+_BACKLOG = 512
+
+
+def serve(
+    sources: Mapping[str, Path | str],
+    settings: ServeSettings,
+    log: Log,
+    on_start: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve models until SIGTERM or SIGINT.
+
+    Args:
+        sources: folder or URL of each model, by name.
+        settings: the settings.
+        log: receives a line for each request, and messages.
+        on_start: a function that is called with the server's URL once it listens.
+
+    Raises:
+        PrecastError: the server cannot listen on its address.
+    """
+    listener = _listen(settings)
+    host, port = listener.getsockname()[:2]
+    with listener, _logging(log):
+        if not (is_local(str(host)) or settings.api_keys):
+            log.message(
+                f"Listening on {host} without API keys: everybody who reaches this address may use the server."
+            )
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        asyncio.run(_serve(sources, settings, log, listener, lambda: on_start(url)))
+
+
+async def _serve(
+    sources: Mapping[str, Path | str],
+    settings: ServeSettings,
+    log: Log,
+    listener: socket.socket,
+    on_start: Callable[[], None],
+) -> None:
+    computing = ThreadPoolExecutor(len(sources) + _SPARE_THREADS, "precast-compute")
+    asyncio.get_running_loop().set_default_executor(computing)
+    pool = Pool(sources, settings, log.message)
+    with ThreadPoolExecutor(_PREPARING, "precast-prepare") as preparing:
+        services = Services(settings=settings, pool=pool, preparing=preparing, metrics=Metrics(pool))
+        server = _Server(
+            uvicorn.Config(
+                make_app(services, log),
+                log_config=None,
+                access_log=False,
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="off",
+                server_header=False,
+                backlog=_BACKLOG,
+                h11_max_incomplete_event_size=_MOST_HEADERS,
+                timeout_graceful_shutdown=settings.drain_timeout,
+            ),
+            on_start,
+        )
+        tasks = [asyncio.create_task(work) for work in (pool.preload(), pool.unload_idle())]
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+class _Server(uvicorn.Server):
+    """A server that ends without an error after SIGTERM or SIGINT.
+
+    Args:
+        config: uvicorn's settings.
+        on_start: a function that is called once the server listens.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self._on_start()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop at the first signal, and at once at a second SIGINT; uvicorn would raise the signal again at the end."""
+        if current_thread() is not main_thread():  # Python delivers signals to the main thread only
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+def _listen(settings: ServeSettings) -> socket.socket:
+    """Return a socket that is bound to the server's address.
+
+    Raises:
+        PrecastError: the address does not exist, or is in use.
+    """
+    where = f"{settings.host}:{settings.port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise PrecastError(
+            f"{where}: expected an address of this machine ({error.strerror}); check --host."
+        ) from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise PrecastError(
+            f"{where}: cannot listen there ({error.strerror}); choose another --port."
+        ) from None
+    return listener
+
+
+@contextmanager
+def _logging(log: Log) -> Iterator[None]:
+    """Write the warnings of libraries to the log."""
+    root, handler = logging.getLogger(), LogHandler(log)
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
