@@ -46,7 +46,7 @@ def folder() -> Path:
 
 @contextmanager
 def explaining_write_errors() -> Iterator[None]:
-    """Raise errors of writing to the cache folder as a PrecastError.
+    """Raise an error of writing to the cache folder as a PrecastError.
 
     Raises:
         PrecastError: a write fails; the message names the cache folder.

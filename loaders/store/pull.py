@@ -393,7 +393,7 @@ def _check_room(store: Store, index: Index, root: Path) -> None:
 
 
 def _renew_signature(job: _Pull, log: _Log) -> None:
-    """Replace a pulled artifact's signature with the store's signature, or log an error if the latter is invalid."""
+    """Replace a pulled artifact's signature with the store's signature. If that is invalid, log the error instead."""
     root, index = job.root, job.index
     with suppress(OSError, PrecastError):
         if files.sha256_of(files.member_path(root, SIGNATURE_FILE)) == index.files[SIGNATURE_FILE].sha256:

@@ -60,7 +60,11 @@ def push(path: Path, url: str, *, rehash: bool = False, progress: Progress | Non
 
 
 def _send(store: Store, piece: Piece, data: bytes, rehash: bool) -> tuple[Piece, bool]:
-    """Send a piece if it is not in the store, or damaged there and `rehash` is set; return it, and True if sent."""
+    """Send a piece that the store lacks, or with `rehash` a piece that is damaged in the store.
+
+    Returns:
+        The piece, and True if it was sent.
+    """
     if store.size(piece.path) == piece.bytes and not (rehash and _is_damaged(store, piece)):
         return piece, False
     store.write(piece.path, data)

@@ -1,4 +1,4 @@
-"""Remote stores. A store is a folder in a file system that fsspec supports, and has a URL.
+"""Remote stores. A store is a folder with a URL, in any file system that fsspec supports.
 
 Secrets in a URL (``s3://KEY:SECRET@bucket/…``) appear neither in messages nor on disk.
 """
