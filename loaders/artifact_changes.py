@@ -51,7 +51,7 @@ class Kind(Frozen):
         folder: the folder of the artifact that the change adds files to.
         purpose: the command's name, which becomes part of the working folder's name.
         failure: the consequence of an OSError, as a clause for the error message.
-        replaced: the error message, after the artifact's path, if another process has replaced the artifact.
+        replaced: the text after the artifact's path in the error message for a replaced artifact.
     """
 
     folder: str
@@ -179,7 +179,7 @@ def changing(
         log: receives a message if this process must wait for another process that changes the artifact.
 
     Raises:
-        PrecastError: the artifact is damaged, not signed as required, or cannot be written to.
+        PrecastError: the artifact is damaged, lacks the required signature, or cannot be written to.
     """
     with explain_os_errors(root, kind), lock(root, log) as handle:
         data = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
@@ -197,7 +197,7 @@ def remove_leftovers(artifact: LockedArtifact) -> None:
     for kind in (TARGETS, PREFIXES):
         if (folder := artifact.root / kind.folder).is_dir() and not folder.is_symlink():
             folders.remove_leftovers(folder, kind.purpose, lambda left: _settle(artifact.root, left))
-            with suppress(OSError):  # an empty folder, made by a process that was then killed
+            with suppress(OSError):  # a killed process may have left an empty folder
                 folder.rmdir()
 
 

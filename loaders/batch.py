@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from .generation.model import Model
     from .generation.stream import Completion, Stream
 
-# The number of requests in a window. The records of a window are put into order in memory, which limits its size. Some
-# slots are idle at the end of each window.
+# The number of requests in a window. The records are put into order in memory, one window at a time, so a larger window
+# needs more memory. Some slots are idle at the end of each window.
 _WINDOW = 1024
 _PARQUET = ".parquet"
-# The ends of the names of the files that determine an artifact's answers.
+# The endings of the names of the files that determine an artifact's answers.
 _DECIDING = (".safetensors", "tokenizer.json", ".jinja")
 _INVALID, _TOO_DEEP = "invalid_request", "JSON that is nested too deeply"
 # OpenAI's fields that do not change the answer, and the supported values of OpenAI's fields that would change it.

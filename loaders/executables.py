@@ -63,7 +63,7 @@ class CheckedArtifact(Frozen):
 
 
 def runs_on_xla_cpu(target: Target) -> bool:
-    """Return True if XLA's CPU client runs the target, which includes targets of the platform "any"."""
+    """Return True if XLA's CPU client runs the target. It also runs targets for the platform "any"."""
     return target.runtime != "savedmodel" and target.platform != "cuda"
 
 
@@ -85,7 +85,7 @@ def compile_executables(
     if target.platform == "cuda":
         # The child process compiles for the CPU only, and the cache folder stores only executables for the CPU.
         settings.log(
-            f"{root}: target {target.name!r}: compiling its programs for the GPU, as at every start …"
+            f"{root}: target {target.name!r}: compiling its programs for the GPU, which happens at every start …"
         )
         return {}
     from .compiling.cache import executables

@@ -357,7 +357,7 @@ class _BackgroundCall(Thread):
             self._error = error
 
     def result(self) -> Mapping[str, Executable]:
-        """Return the call's result, or raise its error. The thread must have been joined."""
+        """Return the call's result, or raise its error. Call `join` first."""
         if self._error is not None:
             raise self._error
         return self._result
@@ -387,7 +387,7 @@ def _tokenizer(artifact: CheckedArtifact) -> Tokenizer:
 
 
 def _hash_progress(progress: "Progress | None", total: int) -> Callable[[int], None]:
-    """Return a function that accepts the size of each hashed block, and reports the sum."""
+    """Return a function that accepts the size of each hashed block, and reports the total so far."""
     if progress is None:
         return lambda _: None
     from .progress import byte_counter

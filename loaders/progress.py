@@ -23,7 +23,7 @@ class Step(Frozen):
         text: the work, as a participle: "hashing", "comparing weights".
         done: number of finished units.
         total: number of all units; 0 if unknown.
-        unit: name of the units: "predictions". A display shows "bytes" in megabytes.
+        unit: the unit's name in the plural, such as "predictions". A display shows "bytes" in megabytes.
     """
 
     text: str
@@ -47,12 +47,12 @@ def amount(step: Step) -> str:
 
 
 def byte_counter(progress: Progress, text: str, total: int) -> Callable[[int], None]:
-    """Return a function that accepts the size of each finished block, and reports the sum.
+    """Return a function that accepts the size of each finished block, and reports the total so far.
 
     Args:
-        progress: receives the sum.
+        progress: receives the total so far.
         text: the work, as for `Step`.
-        total: total number of bytes.
+        total: number of bytes of all blocks.
     """
     done = 0
 

@@ -81,7 +81,7 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
 
 
 def _check_caches(model: "Model", cache: "KVCache", root: Path) -> None:
-    """Compare the sizes of the KV cache's arrays with the manifest, which may be consistent in itself but wrong.
+    """Compare the sizes of the KV cache's arrays with the manifest, which may be self-consistent but wrong.
 
     Raises:
         PrecastError: an array has another size; the message names the first.

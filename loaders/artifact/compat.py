@@ -61,9 +61,9 @@ def choose_target(
 ) -> Target:
     """Return the best target that matches the machine.
 
-    XLA executables rank above a SavedModel, and a SavedModel ranks above a target that must be compiled first. Among
-    equals, a GPU ranks above the CPU, then a wider instruction set above a narrower one, then programs that call
-    precast's kernels above others, then the earlier target in the manifest above the later one.
+    XLA executables rank above a SavedModel, and a SavedModel ranks above a target that must be compiled first. Ties are
+    resolved by these preferences in turn: a GPU over the CPU, a wider instruction set over a narrower one, programs
+    that call precast's kernels over others, and an earlier place in the manifest over a later one.
 
     Args:
         manifest: the artifact's manifest.
@@ -91,7 +91,7 @@ def choose_target(
     advice = "" if allow_compile else ", or compile from StableHLO with --compile"
     raise PrecastError(
         f"{where}: no target runs here: {'; '.join(dict.fromkeys(reasons))}. Export the model on a machine like"
-        f" this one, or install what one of the targets needs{advice}."
+        f" this one, or install the requirements of one of the targets{advice}."
     )
 
 
@@ -109,7 +109,7 @@ def _has_stablehlo(target: Target) -> bool:
 
 
 def _as_stablehlo(target: Target) -> Target:
-    """Return a copy of a target, changed to one that is compiled here from its StableHLO.
+    """Return a copy of a target that is to be compiled here from its StableHLO.
 
     The copy accepts any jaxlib and CPU, but requires the same kernels.
     """

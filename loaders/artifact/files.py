@@ -252,7 +252,7 @@ def rehash_file(
 
 
 def unlisted_files(root: Path, listed: Iterable[str]) -> list[str]:
-    """Return the names of files in an artifact's folder that its manifest does not list, sorted.
+    """Return the sorted names of the files in an artifact's folder that the manifest does not list.
 
     The manifest and its signature count as listed. Symlinks are always reported and never followed. An empty folder is
     reported with a slash after its name.
@@ -296,7 +296,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview, sync: bool = False)
 
     Args:
         path: the file to write. Only this user may read it afterwards.
-        parts: its contents.
+        parts: the contents of the file, in parts.
         sync: flush the contents to disk before the rename. After a power cut, `path` is then either the old file or the
             new one.
     """

@@ -84,7 +84,7 @@ def install() -> None:
 
 
 def _watch(readable: int) -> None:
-    """After Ctrl-C, end the process if the main thread does not do so in time."""
+    """After Ctrl-C, end the process if the main thread does not do so within a second."""
     while os.read(readable, 1):
         sleep(_PATIENCE_S)
         if not _HANDLED and not _RAISING:
@@ -93,7 +93,7 @@ def _watch(readable: int) -> None:
 
 
 def ignore() -> None:
-    """Ignore SIGINT from now on, because the work is done and only Python's own exit remains."""
+    """Ignore all further SIGINT signals, because the work is done and only Python's own exit remains."""
     _HANDLED.append(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

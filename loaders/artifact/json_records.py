@@ -1,4 +1,4 @@
-"""Convert frozen dataclasses to and from JSON, with strict checks of keys and types; errors name the place."""
+"""Convert frozen dataclasses to and from JSON, with strict checks of keys and types."""
 
 import dataclasses
 import json
@@ -126,7 +126,7 @@ _Converter = Callable[[Any, _Place], Any]
 
 @cache
 def _converter(kind: Any) -> _Converter:
-    """Return a function that converts parsed JSON to a value of `kind`; it raises _Mismatch."""
+    """Return a function that converts parsed JSON to a value of `kind`, or raises _Mismatch."""
     if dataclasses.is_dataclass(kind):
         return _record(typing.cast(type, kind))
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

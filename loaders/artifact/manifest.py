@@ -29,10 +29,10 @@ class Value(Frozen):
     """An argument or a result of a program.
 
     Attributes:
-        name: unique among the program's arguments, or among its results.
+        name: the value's name, unique among the program's arguments, or among its results.
         role: "tokens", "positions", "slots", "start", "length", "slot", "cache", "table", "weight", "logits" or
             "token".
-        shape: axes in order.
+        shape: sizes of the axes.
         dtype: a key of `DTYPE_BYTES`.
         layout: the order of the axes in memory that the compiler chose, from the slowest to the fastest. Programs
             accept and return their arrays with the axes in this order.
@@ -78,11 +78,11 @@ class Program(Frozen):
     """A compiled function with flat arguments and results.
 
     Attributes:
-        name: unique in the target: "cache", "prefill_64", …, "decode", "score".
+        name: the program's name, unique in the target: "cache", "prefill_64", …, "decode", "score".
         kind: "cache" (creates an empty KV cache), "prefill", "decode" or "score".
         tokens: maximum number of tokens of a sequence in one call: T for prefill and score, 1 for decode, 0 for cache.
         executable: file of the serialised executable; None if the target has only StableHLO.
-        stablehlo: file of the StableHLO portable artifact, which targets may share; None if there is none.
+        stablehlo: file of the StableHLO portable artifact, which several targets may share; None if there is none.
         arguments: arguments in the executable's order.
         results: results in the executable's order.
         flops: number of multiplications and additions in the matrix products, and in attention over the whole context.
@@ -114,10 +114,10 @@ class Target(Frozen):
     """The artifact's programs for one kind of machine and one runtime.
 
     Attributes:
-        name: unique in the artifact ("cpu-x86-64-v2", "portable").
+        name: the target's name, unique in the artifact ("cpu-x86-64-v2", "portable").
         runtime: "pjrt" (executables that jaxlib deserialises), "stablehlo" (compiled on request) or "savedmodel"
             (executed by TensorFlow).
-        platform: XLA's name of the platform ("cpu", "cuda"); "any" for portable programs.
+        platform: XLA's name for the platform ("cpu", "cuda"); "any" for portable programs.
         device: model of the device, as its driver names it; "any" for every device of the platform.
         machine: processor family ("x86_64", "aarch64"); "any" for StableHLO.
         jaxlib: the version that compiled the executables and the only version that loads them; "any" for StableHLO.
@@ -184,17 +184,17 @@ class ModelInfo(Frozen):
 
 
 class CacheArray(Frozen):
-    """One array of the KV cache, an argument and a result of the programs of every target.
+    """An array of the KV cache. The programs of every target accept it as an argument and return it as a result.
 
     Attributes:
         name: the name among a program's arguments and results ("cache.keys").
-        shape: axes in order.
+        shape: sizes of the axes.
         axes: one letter for each axis of the shape ("LBKSH").
         dtype: a key of `DTYPE_BYTES`.
         layout: the layout in the programs of the first target; programs of other targets may declare different layouts.
         window: number of positions that a token attends to in the array's layers; 0 for all. An array with a window is
             a ring buffer: position p is stored at index p mod S, where S is the size of this array's axis "S".
-        layers: indices of the layers whose keys or values the array holds, in the order of its first axis.
+        layers: indices of the layers whose keys or values the array contains, in their order along the axis "L".
         bytes: size in bytes.
     """
 
@@ -307,7 +307,7 @@ class Prefix(Frozen):
     """Tokens whose keys and values are stored in the artifact.
 
     Attributes:
-        name: unique in the artifact.
+        name: the prefix's name, unique in the artifact.
         tokens: number of tokens.
         file: JSON file with the token ids.
         arrays: safetensors file with a tensor for each array of the KV cache. A tensor contains positions 0 to

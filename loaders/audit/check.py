@@ -81,7 +81,7 @@ class CheckReport:
     """The result of `check`.
 
     Attributes:
-        root: the artifact.
+        root: the artifact's folder.
         name: the model's name.
         target: the target that would run; None if no target runs.
         compiled: True if `target` would be compiled first.

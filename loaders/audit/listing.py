@@ -32,7 +32,7 @@ class ListEntry:
         parameters: the model's number of parameters.
         weights: storage format of the weights.
         context: context length, in positions.
-        bytes: size of all files.
+        bytes: total size of the artifact's files.
         targets: names of the targets.
         target: name of the target that runs here without compiling; None if no target does.
         compiles: True if a target runs here, even if only after compiling.

@@ -42,7 +42,7 @@ class PrefixReport:
 
     Attributes:
         prefixes: all prefixes. Prefixes with an obstacle were not recomputed.
-        problems: a sentence for each difference.
+        problems: a sentence for each damaged file and each difference.
     """
 
     prefixes: tuple[PrefixStatus, ...]
@@ -83,7 +83,7 @@ def replay_prefixes(model: Model, root: Path, isa: str, progress: Progress = sil
     fit, _ = usable(model.manifest, model.target, isa)
     problems: list[str] = []
     for i, prefix in enumerate(fit):
-        progress(Step(text="reading prefixes", done=i, total=len(fit), unit="prefixes"))
+        progress(Step(text="recomputing prefixes", done=i, total=len(fit), unit="prefixes"))
         where = f"{root}: prefix {prefix.name!r}"
         try:
             stored = open_prefix(root, model.manifest, prefix)

@@ -46,7 +46,7 @@ class ReplayReport:
         answers: number of golden answers.
         tokens: number of tokens in these answers.
         logits: number of logits compared.
-        difference: largest absolute difference between a logit and the recorded one; None if it is not finite.
+        difference: largest absolute difference between a logit and its recorded value; None if it is not finite.
         share: largest ratio of an answer's difference to that answer's tolerance; a share of 1 is exactly at the
             tolerance. None if the ratio is not finite, for example for any difference with a tolerance of 0.
         problems: a sentence for each answer that differs.
@@ -66,7 +66,7 @@ def check_files(root: Path, manifest: Manifest, progress: Progress = silent) -> 
 
     Args:
         root: the artifact's folder.
-        manifest: its manifest.
+        manifest: the artifact's manifest.
         progress: receives the number of bytes hashed.
 
     Raises:
@@ -92,7 +92,7 @@ def replay(model: Model, golden: Golden, where: str, progress: Progress = silent
 
     Args:
         model: the loaded artifact.
-        golden: its golden answers.
+        golden: the artifact's golden answers.
         where: the artifact's name, which begins the sentence of each problem.
         progress: receives the number of answers replayed.
 

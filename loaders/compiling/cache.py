@@ -57,7 +57,7 @@ def executables(
         machine: this machine.
         where: name of the target in messages.
         threads: number of computing threads.
-        log: receives a message for each compilation, and one if the cache is used.
+        log: receives a message for each compilation, and a message if the cache is used.
 
     Returns:
         Executables by program name.

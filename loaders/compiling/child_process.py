@@ -70,7 +70,7 @@ class Crash(Exception):
 
 
 class Child:
-    """A running child process, seen from its parent.
+    """The parent's handle for a running child process.
 
     Attributes:
         process: the process.
@@ -129,7 +129,7 @@ class Child:
         Raises:
             Refusal: the child answers with an error.
             Crash: the child ends without an answer.
-            TimeoutError: the time is up.
+            TimeoutError: no answer arrives within `limit_s`.
         """
         until = None if limit_s is None else time.monotonic() + limit_s
         try:
@@ -173,8 +173,8 @@ class Child:
         """Read at least one byte.
 
         Raises:
-            EOFError: the child has closed its end.
-            TimeoutError: the time is up.
+            EOFError: the child has closed its end of the pipe.
+            TimeoutError: no byte arrives before the time `until`.
         """
         import selectors
 

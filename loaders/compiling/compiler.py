@@ -52,7 +52,7 @@ def compile_programs(
     """Compile StableHLO programs one after another.
 
     Args:
-        programs: hash-checked StableHLO by program name.
+        programs: pairs of a program's name and its hash-checked StableHLO.
         where: name of the programs' target in messages.
         isa: a key of `isa.LEVELS`, or "native".
         threads: number of computing threads; None for one per usable core. XLA needs the number at compile time,
@@ -123,7 +123,7 @@ def compile_target(
     Args:
         source: the target whose StableHLO is compiled.
         contents: contents of the source target's StableHLO files, by name.
-        name_of: returns the new target's name, given the CPU features that it needs.
+        name_of: a function that returns the new target's name, given the CPU features that the target needs.
         where: name of the source target in messages.
         isa: as for `compile_programs`.
         exact: refuse instructions beyond `isa`. If False, accept them; the new target then requires the level that
@@ -136,8 +136,8 @@ def compile_target(
         The new target, its executables by file name in the artifact, and the compilations by program name.
 
     Raises:
-        PrecastError: see `compile_programs`; a program has no StableHLO; or the compiler used a wider instruction set
-            or other layouts than requested.
+        PrecastError: a program has no StableHLO or cannot be compiled (see `compile_programs`), or the compiler used a
+            wider instruction set or other layouts than requested.
     """
     wanted = [(p.name, contents[_stablehlo(p, where)]) for p in source.programs]
     compilations = compile_programs(wanted, where, isa=isa, log=log)

@@ -1,9 +1,9 @@
 """Instruction sets of CPU executables, and the CPUs that can run them.
 
-An executable requires only the features that its instructions use. XLA may use fewer features than the requested level
-permits. On a new CPU, XLA may also use features beyond the level. So every executable is disassembled. The instructions
-of precast's own kernels do not count, because the kernels are built for several instruction sets, and choose one by
-CPUID at run time.
+XLA may use fewer CPU features than it was permitted to use. On a new CPU, XLA may also use features beyond the
+requested level. So every executable is disassembled, to check that it stays within its level, or to find the features
+that a "native" executable needs. precast's own kernels do not count, because they are built for several instruction
+sets, and choose one by CPUID at run time.
 """
 
 import re

@@ -60,8 +60,8 @@ class Memory(Frozen):
     """Memory in bytes; None if the system does not report it.
 
     Attributes:
-        limit: memory that this process could use if nothing else ran: the machine's memory, or the lower limit of a
-            control group.
+        limit: memory that this process could use if nothing else ran: the machine's memory, or a control group's limit
+            if that is lower.
         available: memory that this process can still allocate.
     """
 

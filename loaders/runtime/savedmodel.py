@@ -143,7 +143,7 @@ def load(
         root: the artifact's folder.
         target: a target with the runtime "savedmodel".
         entries: the artifact's files, as the manifest lists them.
-        rehash: hash the variables even if their hashes are recorded.
+        rehash: hash the SavedModel's files even if their hashes are recorded.
 
     Raises:
         PrecastError: a file in the folder differs from the manifest or is not listed there, the SavedModel contains an
