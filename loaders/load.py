@@ -297,7 +297,7 @@ def _check_weights(artifact: CheckedArtifact) -> None:
                 found = "nothing" if array is None else f"{array.dtype.name} {list(array.shape)}"
                 raise PrecastError(
                     f"{artifact.root}: program {program.name!r} expects weight {value.name!r} of {value.dtype}"
-                    f" {list(value.shape)}, but {WEIGHTS_FILE} holds {found}; export the model again."
+                    f" {list(value.shape)}, but {WEIGHTS_FILE} contains {found}; export the model again."
                 )
 
 

@@ -82,7 +82,9 @@ def _check(answer: Answer, manifest: Manifest, where: str) -> None:
             f" {len(answer.prompt_token_ids)}; export the model again."
         )
     if max((*answer.prompt_token_ids, *answer.token_ids, *first.token_ids)) >= vocab:
-        raise PrecastError(f"{where}: a token is beyond the vocabulary of {vocab}; export the model again.")
+        raise PrecastError(
+            f"{where}: expected token ids below {vocab}, found a larger one; export the model again."
+        )
     if not first.token_ids or len(first.token_ids) != len(first.values):
         raise PrecastError(
             f"{where}: expected a logit for each token, found {len(first.values)} for {len(first.token_ids)}; export"

@@ -259,5 +259,5 @@ def _check_cover(path: Path, entries: Sequence[_Entry], size: int) -> None:
         at = end
     if at != size:
         raise PrecastError(
-            f"{path}: the tensors cover {at} bytes of data, but the file holds {size}; {_REMEDY}."
+            f"{path}: the tensors cover {at} bytes of data, but the file contains {size}; {_REMEDY}."
         )

@@ -103,7 +103,7 @@ def check_isa(name: str) -> None:
     if name == NATIVE:
         return
     if name in _FORMER:
-        raise PrecastError(f"--cpu-isa: {name!r} is the name used before 0.3; write {_FORMER[name]}.")
+        raise PrecastError(f"--cpu-isa: {name!r} is the name used before version 0.3; write {_FORMER[name]}.")
     if name not in LEVELS:
         raise PrecastError(f"--cpu-isa: expected one of {', '.join((*LEVELS, NATIVE))}, found {name!r}.")
     if processor_family() != "x86_64":
@@ -113,9 +113,9 @@ def check_isa(name: str) -> None:
         )
     if lacks := _lacks(name):
         raise PrecastError(
-            f"--cpu-isa: {name} needs CPU features that this machine lacks ({', '.join(lacks)}), so its programs could"
-            " not be checked here; export on a machine that has them, or copy the artifact there and run precast"
-            f" add-target --cpu-isa {name}."
+            f"--cpu-isa: {name} needs CPU features that this machine lacks ({', '.join(lacks)}), so programs for this"
+            " level cannot be checked here; export on a machine with these features, or copy the artifact to that"
+            f" machine and run precast add-target --cpu-isa {name}."
         )
 
 
@@ -167,8 +167,8 @@ def _checked(isa: str, program: str, executable: bytes, where: str) -> Iterator[
     except UnknownInstruction as error:
         advice = "" if isa == default_isa() else f" and export with --cpu-isa {default_isa()} instead"
         raise PrecastError(
-            f"{where}: program {program!r} holds an instruction that precast does not know ({error}), so precast cannot"
-            f" tell which CPUs run it; please report this{advice}."
+            f"{where}: program {program!r} contains an instruction that precast does not know ({error}), so precast"
+            f" cannot tell which CPUs run it; please report this{advice}."
         ) from None
 
 

@@ -195,7 +195,7 @@ def _client() -> Client:
         said = str(error).partition("\n")[0]
         raise PrecastError(
             f"CUDA: XLA's plugin {plugin.version} finds no GPU that it can use ({said}); check that nvidia-smi shows"
-            " one, and that its driver is new enough for the plugin's CUDA."
+            " a GPU, and that the GPU's driver is new enough for the plugin's version of CUDA."
         ) from None
 
 

@@ -230,7 +230,7 @@ def _check_operations(path: Path) -> None:
     # For a TensorFlow 2 model, TensorFlow runs only the functions. For any other model, it would run the whole graph.
     if len(graphs) != 1 or not graphs[0].HasField("object_graph_def"):
         raise PrecastError(
-            f"{path}: expected one graph of TensorFlow 2, found another; export the model again."
+            f"{path}: expected one graph of TensorFlow 2, found something else; export the model again."
         )
     functions = graphs[0].graph_def.library.function
     run = set(graphs[0].object_graph_def.concrete_functions) | {

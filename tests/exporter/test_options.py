@@ -147,12 +147,14 @@ def test_impossible_instruction_sets_are_refused(machine):
         "--cpu-isa: expected one of x86-64-v2, x86-64-v3, x86-64-v4, native, found 'mmx'."
     )
     for former, level in (("sse4.2", "v2"), ("avx", "v2"), ("avx2", "v3"), ("avx512", "v4")):
-        assert refusal(cpu_isas=(former,)).endswith(f"the name used before 0.3; write x86-64-{level}.")
+        assert refusal(cpu_isas=(former,)).endswith(
+            f"the name used before version 0.3; write x86-64-{level}."
+        )
     text = refusal(cpu_isas=("x86-64-v2", "x86-64-v4"))
     assert text.startswith(
         "--cpu-isa: x86-64-v4 needs CPU features that this machine lacks (avx512bw, avx512cd"
     )
-    assert text.endswith("copy the artifact there and run precast add-target --cpu-isa x86-64-v4.")
+    assert text.endswith("copy the artifact to that machine and run precast add-target --cpu-isa x86-64-v4.")
     assert "without repeats, found one of them twice" in refusal(cpu_isas=("native", "native"))
     assert "without repeats, found none" in refusal(cpu_isas=())
     assert refusal(cpu_isas=("native",), targets=("portable",)) == (

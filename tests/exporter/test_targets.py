@@ -235,8 +235,8 @@ def test_an_unknown_instruction_is_refused(code, monkeypatch):
         with pytest.raises(PrecastError) as raised:
             code(name, LEA + UNKNOWN)
         assert str(raised.value) == (
-            f"art: program 'p0' holds an instruction that precast does not know ({UNKNOWN} at 0x3), so precast cannot"
-            f" tell which CPUs run it; please report this{advice}."
+            f"art: program 'p0' contains an instruction that precast does not know ({UNKNOWN} at 0x3), so precast"
+            f" cannot tell which CPUs run it; please report this{advice}."
         )
     monkeypatch.setattr(isa, "object_files", lambda data: None)
     with pytest.raises(PrecastError, match="program 'p0' is in a format that precast does not know"):

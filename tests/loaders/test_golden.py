@@ -67,8 +67,12 @@ def test_logits_match_the_reference(value, manifest, reference):
             [5] * 64,
             "greedy[0]: expected a prompt shorter than the context of 64 tokens, found 64;",
         ),
-        (["greedy", 0, "prompt_token_ids"], [320], "greedy[0]: a token is beyond the vocabulary of 320;"),
-        (["greedy", 0, "token_ids"], [320], "greedy[0]: a token is beyond the vocabulary of 320;"),
+        (
+            ["greedy", 0, "prompt_token_ids"],
+            [320],
+            "greedy[0]: expected token ids below 320, found a larger one;",
+        ),
+        (["greedy", 0, "token_ids"], [320], "greedy[0]: expected token ids below 320, found a larger one;"),
         (
             ["greedy", 0, "token_ids"],
             [-1],
@@ -89,7 +93,7 @@ def test_invalid_values_are_named(value, manifest, path, new, text):
         place = place[key]
     place[path[-1]] = new
     if path[-1] == "token_ids" and "first_logits" in path:
-        text = "greedy[0]: a token is beyond the vocabulary of 320;"
+        text = "greedy[0]: expected token ids below 320, found a larger one;"
     with pytest.raises(PrecastError) as raised:
         parse(value, manifest)
     assert text in str(raised.value)

@@ -201,8 +201,8 @@ def test_weights_that_do_not_fit_the_programs_are_named(artifact_copy, edit_mani
 
     edit_manifest(artifact_copy, other_shape)
     assert refusal(artifact_copy).endswith(
-        "program 'prefill_8' expects weight 'model.norm.weight' of float32 [1, 49], but weights.safetensors holds"
-        " float32 [1, 48]; export the model again."
+        "program 'prefill_8' expects weight 'model.norm.weight' of float32 [1, 49], but weights.safetensors"
+        " contains float32 [1, 48]; export the model again."
     )
 
 

@@ -198,7 +198,7 @@ def test_a_truncated_file_is_refused_at_every_length(path, tmp_path):
 def test_a_file_with_trailing_bytes_is_refused(path):
     with path.open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(PrecastError, match=r"the tensors cover .* bytes of data, but the file holds"):
+    with pytest.raises(PrecastError, match=r"the tensors cover .* bytes of data, but the file contains"):
         map_weights(path)
 
 
@@ -251,13 +251,16 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path, length):
         ),
         (
             {"a": tensor(shape=[15], end=60)},
-            "the tensors cover 60 bytes of data, but the file holds 64; copy or export the artifact again.",
+            "the tensors cover 60 bytes of data, but the file contains 64; copy or export the artifact again.",
         ),
         (
             {"a": tensor(shape=[32], end=128)},
-            "the tensors cover 128 bytes of data, but the file holds 64; copy or export the artifact again.",
+            "the tensors cover 128 bytes of data, but the file contains 64; copy or export the artifact again.",
         ),
-        ({}, "the tensors cover 0 bytes of data, but the file holds 64; copy or export the artifact again."),
+        (
+            {},
+            "the tensors cover 0 bytes of data, but the file contains 64; copy or export the artifact again.",
+        ),
         (
             {"a": tensor(shape=[8], end=32), "b": tensor(shape=[12], begin=16)},
             "tensor 'b' begins at byte 16 of the data, expected 32; copy or export the artifact again.",
