@@ -1,6 +1,7 @@
-"""A disk that fails at its n-th operation. Operations create or write files, make folders, rename, link, or fsync.
+"""A simulated disk that fails at its n-th operation.
 
-A write counts when it leaves Python's buffer, and a failing write leaves half of its bytes.
+Operations are: create, write, mkdir, rename, link and fsync. A write counts when its bytes leave Python's buffer, and a
+failing write leaves half of its bytes.
 """
 
 import builtins
@@ -77,7 +78,7 @@ class Disk:
 
     @contextmanager
     def at_work(self) -> Iterator["Disk"]:
-        """Count all operations of this process while the block runs."""
+        """Count all operations of this process while the block runs, and let the chosen ones fail."""
         patches = [
             mock.patch.object(owner, name, wrap(getattr(owner, name)))
             for owner, names, wrap in (

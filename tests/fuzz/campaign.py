@@ -1,6 +1,7 @@
-"""The frame of kill.py and interrupt.py: attempts at random moments, a line for each command, and a line of JSON.
+"""Shared parts of kill.py and interrupt.py, which both stop commands at random moments.
 
-Both campaigns share the requests of batches and the prefix that commands add and remove.
+The output is a line for each command, and a line of JSON. The module also contains the batch requests and the prefix
+that the commands of both scripts use.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from typing import NoReturn
 
 # Name and text of the prefix.
 PREFIX, TEXT = "cat", "the cat"
-# Makes a number of attempts at a command; returns the number of each outcome, and a text for each fault.
+# A function that makes a number of attempts at a command. It returns the count of each outcome, and a text for each
+# fault.
 Series = Callable[[int, Random], tuple[Counter[str], list[str]]]
 
 
@@ -33,7 +35,7 @@ def parse_options(description: str, noun: str, default: int) -> argparse.Namespa
         default: number of attempts.
 
     Returns:
-        Options `count`, `seed`, `only` (names of commands; empty for all) and `artifact`.
+        The options `count`, `seed`, `only` (names of commands; empty for all commands) and `artifact`.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(f"--{noun}", dest="count", type=int, default=default, help="number in all")
@@ -46,12 +48,12 @@ def parse_options(description: str, noun: str, default: int) -> argparse.Namespa
 
 
 def run(noun: str, options: argparse.Namespace, prepare: Callable[[Path], Mapping[str, Series]]) -> NoReturn:
-    """Run all series, print the results, and exit with 1 if there are faults.
+    """Run the attempts at all commands, print the results, and exit with 1 if there are faults.
 
     Args:
         noun: plural name of the attempts.
         options: result of `parse_options`.
-        prepare: returns the series by command, given a folder for their files.
+        prepare: function from a folder for files to the series of attempts by command.
     """
     folder, started = Path(tempfile.mkdtemp(prefix=f"precast-{noun}-")), time.monotonic()
     os.environ["PRECAST_CACHE"] = str(folder / "cache")
@@ -75,7 +77,7 @@ def run(noun: str, options: argparse.Namespace, prepare: Callable[[Path], Mappin
 
 
 def store_url(folder: Path) -> str:
-    """Return the URL at which `push_base` puts an artifact."""
+    """Return the URL to which `push_base` pushes an artifact."""
     return f"file://{folder}/store/tiny"
 
 
@@ -112,7 +114,7 @@ class Requests:
 
     @staticmethod
     def make(folder: Path, count: int = 200) -> "Requests":
-        """Write the requests, of which every second one begins with the prefix."""
+        """Write the requests. Every second request begins with the prefix."""
         made = Requests(
             folder / "requests.jsonl", folder / "batch" / "records.jsonl", folder / "expected.jsonl"
         )
@@ -125,12 +127,12 @@ class Requests:
         return made
 
     def restart(self) -> None:
-        """Remove the output if it holds all records."""
+        """Remove the output if it contains all records."""
         if self.output.exists() and self.output.read_bytes() == self.expected.read_bytes():
             self.output.unlink()
 
     def fault(self, *, complete: bool = False) -> str | None:
-        """Return the first difference between the output and the first, or all, of the expected records."""
+        """Compare the output with the expected records, or with their beginning; return the first difference."""
         found = self.output.read_bytes() if self.output.exists() else b""
         expected = self.expected.read_bytes()
         if expected[: None if complete else len(found)] == found:

@@ -1,12 +1,13 @@
-"""Mutated artifacts, by the thousand: none may end the process, hang it, lead it outside its folder or fill its memory.
+"""Load mutated artifacts: none may crash or hang the process, reach outside its folder, or fill its memory.
 
     python tests/fuzz/run.py --cases 20000 --seed 1
-    python tests/fuzz/run.py --only executable --first 17 --cases 1        one case again
+    python tests/fuzz/run.py --only executable --first 17 --cases 1        # repeats one case
 
-Every case is a kind and a number, and is made from these alone (`kinds.py`). Two processes work at a time; one that
-dies or hangs is replaced. A finding is tried again in a fresh process, and the artifact is kept. A mutated program
-(StableHLO, executable) is first loaded as if it were trusted; where that ends the process, which native code may do, it
-is loaded as any stranger's is, and the loader's trial in a child process must make a sentence of it.
+A case depends only on its kind, its number and the artifact (`kinds.py`). Two processes run cases at the same time. If
+a process dies or hangs, a new process replaces it. Each finding is repeated in a new process, and its changed files are
+kept. A mutated program (StableHLO or executable) is first loaded as a trusted one. Its native code may crash the
+process. If it does, the program is loaded again as an untrusted one, and the loader's trial in a child process must
+turn the crash into an error message.
 """
 
 import argparse
@@ -37,7 +38,7 @@ START_S = 120
 
 
 class Worker:
-    """One `worker.py`, started again where it ended."""
+    """A process of `worker.py`, which is started again after it has ended."""
 
     def __init__(self, base: Path, folder: Path) -> None:
         self._base, self._folder = base, folder
@@ -61,7 +62,7 @@ class Worker:
         return (self._folder / "log").read_text(errors="replace")[-1500:]
 
     def ask(self, kind: str, seed: int, *, trusted: bool) -> dict[str, Any]:
-        """What came of a case: its answer, or how the process ended."""
+        """Run a case; return the worker's answer, or the way in which its process ended."""
         process = self._process or self._start()
         assert process.stdin is not None
         process.stdin.write(json.dumps({"kind": kind, "seed": seed, "trusted": trusted}).encode() + b"\n")
@@ -111,7 +112,7 @@ class Worker:
 
 @dataclass
 class Tally:
-    """What came of the cases of one kind."""
+    """The results of the cases of one kind."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     slowest: float = 0.0
@@ -119,12 +120,12 @@ class Tally:
 
 
 def one(worker: Worker, kind: str, seed: int) -> tuple[dict[str, Any], str]:
-    """Runs a case; what was found stands only if a fresh process finds it as well."""
+    """Run a case, and repeat it in a new process if it has findings; return the result and the outcome."""
     native = kinds.KINDS[kind].native
     result = worker.ask(kind, seed, trusted=True)
     outcome = str(result["outcome"])
     if native and outcome != "refused":
-        worker.stop()  # wrong native code may have written anywhere
+        worker.stop()  # invalid native code may have damaged the process's memory
     if native and (outcome in ("crash", "hang") or result["found"]):
         again = worker.ask(kind, seed, trusted=False)
         worker.stop()
@@ -136,19 +137,27 @@ def one(worker: Worker, kind: str, seed: int) -> tuple[dict[str, Any], str]:
         if not again["found"] and outcome == "hang":
             return again, "slow once"
         if not again["found"]:
-            result["found"] = [f"only in a process that met other cases before: {f}" for f in result["found"]]
+            result["found"] = [
+                f"only in a process that has run other cases before: {f}" for f in result["found"]
+            ]
     return result, outcome
 
 
 def plan(cases: int, first: int, only: str | None, *, missing: Mapping[str, str]) -> list[tuple[str, int]]:
-    """Kinds and numbers, mixed, so that a short run meets all of them.
+    """Return the kind and the number of each case. The kinds are mixed, so that a short run includes all of them.
+
+    Args:
+        cases: number of cases.
+        first: number of the first case of each kind.
+        only: kinds, separated by commas; None for all kinds.
+        missing: remedies for the kinds that the artifact does not allow.
 
     Raises:
-        SystemExit: a kind is unknown, or it is in `missing`, which holds the remedies.
+        SystemExit: a kind in `only` is unknown, or is in `missing`.
     """
     chosen = only.split(",") if only else [name for name in kinds.KINDS if name not in missing]
     if unknown := [name for name in chosen if name not in kinds.KINDS]:
-        raise SystemExit(f"--only: there is no kind {unknown[0]!r}; choose of {', '.join(kinds.KINDS)}.")
+        raise SystemExit(f"--only: there is no kind {unknown[0]!r}; choose from {', '.join(kinds.KINDS)}.")
     if impossible := [name for name in chosen if name in missing]:
         raise SystemExit(f"--only {impossible[0]} {missing[impossible[0]]}.")
     shares = {name: kinds.KINDS[name].share for name in chosen}
@@ -163,7 +172,7 @@ def plan(cases: int, first: int, only: str | None, *, missing: Mapping[str, str]
 def fuzz(
     base: Path, folder: Path, planned: list[tuple[str, int]], processes: int, findings: Path
 ) -> dict[str, Tally]:
-    """Runs the cases on several workers."""
+    """Run the cases in several workers; return the results by kind."""
     tallies = {name: Tally() for name, _ in planned}
     cases, whole, done = iter(planned), kinds.Base.read(base), 0
 
@@ -202,13 +211,13 @@ def _count(tallies: dict[str, Tally]) -> int:
 
 
 def _shared(cases: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    # A list's iterator may be drawn from by several threads.
+    # Each thread has its own generator over the same list iterator, on which several threads may call `next`.
     while (case := next(cases, None)) is not None:
         yield case
 
 
 def _keep(base: kinds.Base, findings: Path, finding: dict[str, Any]) -> None:
-    """Writes what was changed, and what came of it."""
+    """Write the changed files of a finding's case, and the finding."""
     place = findings / f"{finding['kind']}-{finding['seed']}"
     place.mkdir(parents=True, exist_ok=True)
     case = kinds.make(base, finding["kind"], finding["seed"])
@@ -219,7 +228,7 @@ def _keep(base: kinds.Base, findings: Path, finding: dict[str, Any]) -> None:
 
 
 def make_base(folder: Path) -> Path:
-    """Exports the tiny model of the golden artifacts, and signs it."""
+    """Export the tiny model of the golden artifacts, and sign the artifact."""
     subprocess.run(
         [
             sys.executable,
@@ -236,7 +245,7 @@ def make_base(folder: Path) -> Path:
 
 
 def sign_base(folder: Path) -> None:
-    """Signs an artifact with a new key, which lies beside it from then on."""
+    """Sign an artifact with a new key, and store the key beside the artifact."""
     key, public = ec.generate_private_key(ec.SECP256R1()), kinds.key_of(folder)
     private = public.with_name("private.pem")
     public.parent.mkdir()
@@ -263,8 +272,8 @@ def table(tallies: dict[str, Tally]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=1, help="which series of numbers")
-    parser.add_argument("--only", metavar="KIND,…", help=f"of {', '.join(kinds.KINDS)}")
+    parser.add_argument("--seed", type=int, default=1, help="number of a series of cases")
+    parser.add_argument("--only", metavar="KIND,…", help=f"kinds, of {', '.join(kinds.KINDS)}")
     parser.add_argument("--first", type=int, help="number of the first case; overrides --seed")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
@@ -272,12 +281,12 @@ def main() -> None:
     )
     parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"))
     options = parser.parse_args()
-    # Numbers of different series do not meet.
+    # The numbers of different series do not overlap.
     first = options.seed * 1_000_000 if options.first is None else options.first
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="precast-fuzz-"))
     try:
-        # Resolved first: the key is looked for beside the folder, which "." does not name.
+        # Resolve the path first, because the key is in the parent folder, and "." has no parent.
         base = (options.artifact or make_base(folder / "base" / "artifact")).resolve()
         missing = kinds.missing(kinds.Base.read(base))
         planned = plan(options.cases, first, options.only, missing=missing)

@@ -1,11 +1,11 @@
-"""Decoders for the tests of precast.layers, and the calls made to each."""
+"""Decoders for the tests of precast.layers, each with a series of calls."""
 
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
-# Slot, start and length of a sequence of a call.
+# The slot, start and length of a sequence in a call.
 Place = tuple[int, int, int]
 CACHES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 
@@ -16,13 +16,14 @@ class Case:
 
     Attributes:
         windows: window of each layer.
-        slots: slots of the caches.
-        sizes: positions of the cache of each window, in ascending order of the windows.
+        slots: number of slots in the caches.
+        sizes: number of positions in the cache for each window, in ascending order of the windows.
         heads: (N, K, H).
-        calls: tokens T and the places of the sequences, for each call.
-        ropes: rotary table of each layer.
-        norms: RMSNorms "before" the products and the attention or "around" them, or LayerNorms before them ("layer").
-        experts: experts of a layer, experts of a row, and whether the shares are renormalised.
+        calls: for each call, the number of tokens T and the places of the sequences.
+        ropes: index of each layer's rotary table.
+        norms: "before" for RMSNorms before attention and MLP, "around" for RMSNorms before and after them, "layer" for
+            LayerNorms before them.
+        experts: number of experts in a layer, number of experts for each row, and True if the shares are renormalised.
         attends: False for layers without attention.
     """
 
@@ -54,12 +55,12 @@ class Case:
 
     @property
     def layers_of(self) -> list[list[int]]:
-        """The layers of each group."""
+        """Return the indices of the layers with each window, in ascending order of the windows."""
         return [[i for i, w in enumerate(self.windows) if w == window] for window in self.groups]
 
     @property
     def only_kernels(self) -> bool:
-        """True if every step has a kernel of its own."""
+        """Return True if there is a separate kernel for every step."""
         return self.norms == "before" and not self.heads_normed and self.mlp != "experts"
 
 
@@ -69,7 +70,7 @@ def steps(slot: int, first: int, last: int) -> tuple[tuple[int, tuple[Place, ...
 
 
 CASES = {
-    # One sequence; the products skip the padding beyond its length.
+    # One sequence. The products skip the padding after its end.
     "one": Case(
         windows=(0, 0),
         slots=1,
@@ -90,7 +91,7 @@ CASES = {
         gate="gelu_tanh",
         biased=True,
     ),
-    # Several sequences of different lengths, out of the order of their slots, one empty.
+    # Several sequences of different lengths, of which one is empty. They are not in the order of their slots.
     "ragged": Case(
         windows=(0,),
         slots=4,
@@ -151,7 +152,7 @@ CASES = {
             (1, ((1, 7, 1), (2, 16, 1), (0, 18, 1))),
         ),
     ),
-    # Blocks of tokens, tiles and spans across the ring's end.
+    # Blocks of tokens, tiles and spans that cross the end of the ring.
     "long ring": Case(
         windows=(100,),
         slots=1,
@@ -167,7 +168,7 @@ CASES = {
             (70, ((0, 340, 3),)),
         ),
     ),
-    # Enough query heads of a key head that a step counts as many rows; a window that the cache never fills.
+    # So many query heads share a key head that a step counts as many rows. The cache never fills the window.
     "wide group": Case(
         windows=(150, 400),
         slots=1,
@@ -264,7 +265,7 @@ CASES = {
         gate="gelu_tanh",
         soft_cap=3.0,
     ),
-    # Scores without the error of an earlier layer.
+    # One layer, so that the router's scores have no error from an earlier layer.
     "experts alone": Case(
         windows=(0,),
         slots=1,
