@@ -1,6 +1,6 @@
-"""Shared fixtures: a tiny model with a real tokenizer, its artifact, and functions that damage the artifact.
+"""Shared fixtures: a tiny model with a real tokenizer, exported once, and ways to break its artifact.
 
-Tests share most artifacts, and must not write to them. A test that writes uses `artifact_copy`.
+Shared artifacts are read-only by convention; `artifact_copy` is for tests that write.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The vocabulary is larger than the tokenizer's, as in padded models. Heads of 12 dimensions do not fill vector
-# registers.
+# The vocabulary is larger than the tokenizer's, as in padded models. Heads of 12 fill no vector register.
 TINY_CONFIG: Mapping[str, Any] = {
     "model_type": "llama",
     "hidden_size": 48,
@@ -46,7 +45,7 @@ TEXT = ["the quick brown fox jumps over the lazy dog", "def fibonacci(n): return
 
 @pytest.fixture(scope="session", autouse=True)
 def tests_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Give the tests a new cache folder, which contains the user's demo model if it has been downloaded."""
+    """Give the tests a cache folder of their own, with the user's demo model if it has been fetched."""
     from precast.loaders.artifact.cache_folder import cache_folder
 
     folder, demo = tmp_path_factory.mktemp("cache"), cache_folder() / "demo"
@@ -60,7 +59,7 @@ def tests_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make an empty cache folder for one test; return its path."""
+    """Return an empty cache folder for one test."""
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "own-cache"))
     return tmp_path / "own-cache"
 
@@ -72,12 +71,12 @@ EXTRA_FIXTURES = frozenset({"torch", "savedmodel_packages"})
 
 
 def pytest_configure() -> None:
-    # A shell starts background jobs with SIGINT ignored. Child processes would inherit this, so restore the default.
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the option -m selects tests
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if not EXTRA_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
@@ -93,7 +92,7 @@ def torch() -> Any:
 
 @pytest.fixture
 def one_thread(torch: Any) -> Iterator[Any]:
-    """Limit torch to one thread, because more threads are slower for such small matrices; return torch."""
+    """Return torch limited to one thread: on such small matrices more threads are slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield torch
@@ -109,7 +108,7 @@ def savedmodel_packages() -> None:
 
 @pytest.fixture(scope="session")
 def import_reference_script() -> Callable[[str], Any]:
-    """Return a function that imports a script of `tests/reference` by its name without ".py"."""
+    """Import a script of `tests/reference` by its name without ".py"."""
 
     def import_script(name: str) -> Any:
         spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "reference" / f"{name}.py")
@@ -141,7 +140,7 @@ def _tokenizer_json() -> bytes:
 
 
 def _tensors(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return random weights by checkpoint name, large enough that answers depend on every token of the prompt."""
+    """Return random weights by checkpoint name, strong enough for answers to depend on every token of the prompt."""
     d, f = config["hidden_size"], config["intermediate_size"]
     q, kv = (config[k] * config["head_dim"] for k in ("num_attention_heads", "num_key_value_heads"))
     layer = {
@@ -174,8 +173,8 @@ def _random(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def tiny_source() -> Callable[..., Any]:
     """Return a function that makes a `Source` in memory.
 
-    `config` replaces keys of the config, which determines the shapes of the weights. `tensors` replaces weights, and
-    `fields` replaces fields of the source. A value of None in `config` or `tensors` removes the key.
+    `config` replaces keys of the config, which shapes the weights; `tensors` replaces weights; `fields` replaces
+    fields of the source. A value of None in `config` or `tensors` drops the key.
     """
     from precast.exporter.sources.base import Source, SourceTensor
 
@@ -213,7 +212,7 @@ def tiny_source() -> Callable[..., Any]:
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path: Path, tiny_source: Callable[..., Any]) -> Callable[..., Path]:
-    """Return a function that writes the tiny source as a Hugging Face folder, with the arguments of `tiny_source`."""
+    """Return a function that writes the tiny source as a Hugging Face directory; arguments as for `tiny_source`."""
 
     def write(
         *, config: Mapping[str, Any] | None = None, tensors: Mapping[str, np.ndarray | None] | None = None
@@ -260,7 +259,7 @@ def tiny_artifact(export_tiny: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def slots_artifact(export_tiny: Callable[..., Path]) -> Path:
-    """Return the shared artifact of the tiny model with three slots."""
+    """Return the shared artifact with three slots."""
     return export_tiny(slots=3, targets=("cpu",))
 
 
@@ -280,14 +279,14 @@ def savedmodel_artifact(savedmodel_packages: None, export_tiny: Callable[..., Pa
 def windowed_savedmodel(
     savedmodel_packages: None, export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]
 ) -> Path:
-    """Return a shared SavedModel artifact with int4 weights, an int8 KV cache, two slots, and windows."""
+    """Return a shared artifact as a SavedModel, with int4 weights, an int8 KV cache, two slots, and windows."""
     source = tiny_source(config={"model_type": "mistral", "sliding_window": 8})
     return export_tiny(source, targets=("portable", "savedmodel"), weights="int4", kv_cache="int8", slots=2)
 
 
 @pytest.fixture(scope="session")
 def prefixed_artifact(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a shared artifact of the tiny model with a stored prefix named "fox"."""
+    """Return the shared artifact with a stored prefix, "fox"."""
     from precast.loaders.add_prefix import PrefixSource, add_prefix
 
     root = tmp_path_factory.mktemp("prefixed") / "tiny"
@@ -298,7 +297,7 @@ def prefixed_artifact(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_artifact: Path) -> Any:
-    """Return the model of the shared artifact."""
+    """Return the tiny artifact, loaded."""
     from precast.loaders.load import load
 
     return load(tiny_artifact)
@@ -306,7 +305,7 @@ def tiny_model(tiny_artifact: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def slots_model(slots_artifact: Path) -> Any:
-    """Return the model of the shared artifact with three slots."""
+    """Return the artifact with three slots, loaded."""
     from precast.loaders.load import load
 
     return load(slots_artifact)
@@ -314,7 +313,7 @@ def slots_model(slots_artifact: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def greedy() -> Callable[[Any, Sequence[int], int], tuple[int, ...]]:
-    """Return a function that computes an engine's greedy tokens after a prompt, without a prefix."""
+    """Return a function that gives an engine's likeliest tokens after a prompt, which is read whole."""
     from precast.loaders.generation.engine import DecodeRow
 
     def answer(engine: Any, prompt: Sequence[int], count: int) -> tuple[int, ...]:
@@ -330,7 +329,7 @@ def greedy() -> Callable[[Any, Sequence[int], int], tuple[int, ...]]:
 
 @pytest.fixture(scope="session")
 def decode_blocks() -> Callable[[Any], np.ndarray]:
-    """Return a function that dequantises blocks into a float32 matrix ``[out, in]``."""
+    """Dequantise quantised blocks into a float32 matrix ``[out, in]``."""
     from precast.exporter.block_formats import BLOCK_FORMATS
 
     def decode(blocks: Any) -> np.ndarray:
@@ -360,7 +359,7 @@ def edit_manifest() -> Callable[[Path, Callable[[dict[str, Any]], Any]], None]:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Show progress on a fake terminal instead of standard error; return the terminal."""
+    """A terminal that shows progress in place of standard error."""
     from precast.loaders import progress
 
     class Terminal(io.StringIO):
@@ -382,7 +381,7 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PRECAST_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", nowhere)
-    monkeypatch.setenv("HOME", str(tmp_path))  # for child processes
+    monkeypatch.setenv("HOME", str(tmp_path))  # for children
 
 
 # --- the reference ------------------------------------------------------------------------------------------
@@ -390,7 +389,7 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def reference(tiny_source: Callable[..., Any]) -> Callable[[Sequence[int]], np.ndarray]:
-    """Return the tiny model's forward pass without KV cache: ids [T], T ≤ 64, to logits [T, V]. It is compiled once."""
+    """Return the tiny model's uncached forward pass, from ids [T] to logits [T, V]; it compiles once, for T ≤ 64."""
     import jax
 
     from precast.exporter.models.parameters import abstract_model
@@ -439,7 +438,7 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Any]:
     """Return a function that runs a command in this process; the result has exit_code, stdout and stderr."""
-    # Import jax first. `precast run` blocks later imports of jax in its process, but other tests need jax.
+    # Import jax first: `precast run` blocks later imports of it in its process, which other tests need.
     import jax  # noqa: F401
     from click.testing import CliRunner
 
@@ -453,7 +452,7 @@ def cli() -> Callable[..., Any]:
 
 @pytest.fixture
 def record(cli: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that calls ``precast run --json`` and parses the line of output."""
+    """Return a function that calls ``precast run --json`` and parses the line."""
 
     def run(*arguments: object, stdin: str | bytes = "") -> Any:
         result = cli("run", *arguments, "--json", stdin=stdin)
@@ -466,7 +465,7 @@ def record(cli: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def answer(tiny_model: Any) -> Any:
-    """Return the tiny model's greedy answer to the ids 7, 200 and 31."""
+    """The tiny model's greedy answer to the ids 7, 200 and 31."""
     from precast.loaders.generation.sampling_params import SamplingParams
 
     return tiny_model.generate([7, 200, 31], SamplingParams(ignore_eos=True))

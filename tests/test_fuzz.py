@@ -1,4 +1,4 @@
-"""A short run of `make fuzz` with a few hundred mutated artifacts, and proof that the fuzzer detects faults."""
+"""A short run of `make fuzz`: a few hundred mutated artifacts, and proof that the harness notices what it looks for."""
 
 import base64
 import json
@@ -12,9 +12,9 @@ from random import Random
 import pytest
 
 FUZZ = Path(__file__).resolve().parent / "fuzz"
-# Longer than `run.py` waits for a worker to start and for a few cases that hang. `run.py` itself limits slow cases.
+# More than `run.py` gives a worker to start, and a few cases that hang: its own limits say what is slow.
 LIMIT_S = 900
-# All other kinds start a process for each case; only `make fuzz` runs many of these cases.
+# Each of the others starts a process a case; they are part of make fuzz.
 QUICK = (
     "manifest,manifest_bytes,weights,weights_and_manifest,tokenizer,template,golden,prefix,names,folder,altered,"
     "store"
@@ -23,7 +23,7 @@ QUICK = (
 
 @pytest.fixture
 def fuzzing(monkeypatch):
-    """Return the modules of tests/fuzz, which import each other by bare names."""
+    """The modules of the folder, which are scripts."""
     monkeypatch.syspath_prepend(str(FUZZ))
     yield
     for name in ("kinds", "mutate", "run", "templates", "worker"):
@@ -32,7 +32,7 @@ def fuzzing(monkeypatch):
 
 @pytest.fixture
 def signed(prefixed_artifact, tmp_path, fuzzing) -> Path:
-    """Return a signed copy of the artifact with a prefix; the key is beside the copy."""
+    """The artifact with a prefix, with a signature and the key for it."""
     from run import sign_base
 
     folder = tmp_path / "base" / "artifact"
@@ -99,7 +99,7 @@ def test_what_is_planned(fuzzing):
     missing = {"signature": "needs one", "prefix": "needs another"}
     assert every - {kind for kind, _ in plan(500, 1, None, missing=missing)} == set(missing)
     assert plan(2, 7, "signature", missing={}) == [("signature", 7), ("signature", 8)]
-    with pytest.raises(SystemExit, match=r"^--only: there is no kind 'sigs'; choose from manifest, "):
+    with pytest.raises(SystemExit, match=r"^--only: there is no kind 'sigs'; choose of manifest, "):
         plan(2, 7, "sigs", missing={})
 
 
@@ -110,7 +110,7 @@ def test_the_key_is_found_whatever_the_folder_is_called(signed, tmp_path):
 
 @pytest.mark.parametrize(("careless", "outcome"), [(False, "refused"), (True, "accepted")])
 def test_a_signature_over_another_statement_is_noticed(signed, tmp_path, monkeypatch, careless, outcome):
-    """The changed statement has the same meaning but other bytes; only a careless verifier accepts it."""
+    """A verifier that does not look lets one pass: the statement says the same, and is not the one that was signed."""
     import kinds
     import worker
 
@@ -125,9 +125,9 @@ def test_a_signature_over_another_statement_is_noticed(signed, tmp_path, monkeyp
     bundle["dsseEnvelope"]["payload"] = base64.b64encode(payload + b" ").decode()
     assert json.loads(payload + b" ") == json.loads(payload)
     place.apply({kinds.SIGNATURE: json.dumps(bundle).encode()})
-    text = "signature: it was accepted with a statement other than the signed one"
+    text = "signature: it was accepted over another statement than was signed"
     assert checked(worker, place, key) == (outcome, [text] if careless else [])
-    # The signature does not cover spaces between the parts of a bundle.
+    # Spaces between the parts of a bundle are signed by nobody.
     place.apply({kinds.SIGNATURE: json.dumps(json.loads(whole), indent=3).encode()})
     assert checked(worker, place, key) == ("accepted", [])
 
@@ -174,7 +174,7 @@ def test_mutations_of_json_are_written_whatever_they_are(fuzzing, seed):
     assert tree == {"a": [1, 2.5, "x", None, True], "b": {"c": [], "d": {"e": "text"}}}
 
 
-# Use a new process, because an audit hook cannot be removed. Its current folder is not one that it may read.
+# In a process of its own, which an audit hook stays in; its folder is none that it may read.
 GUARDED = """
 import os, shutil, socket, subprocess, sys, threading
 from pathlib import Path

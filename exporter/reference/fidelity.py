@@ -24,6 +24,8 @@ from .layerwise import LayerwiseReference
 
 # Number of tokens that an export measures: two windows of 512 tokens, or more windows if the context is shorter.
 TOKENS = 1024
+# Number of tokens for a model of this many weights: two cores need more than a minute for its pass over 512 tokens.
+_LARGE, _TOKENS_OF_LARGE = 2_000_000_000, 512
 
 
 class Reference:
@@ -135,8 +137,10 @@ def measure(
     """
     artifact = evaluate.ArtifactScorer(model=model)
     window = min(evaluate.DEFAULT_WINDOW, artifact.context)
-    text = evaluate.read_text(evaluate.SHIPPED_TEXT, TOKENS)
-    windows = evaluate.cut(evaluate.tokenize(model.tokenizer, text), TOKENS, window)
+    size = sum(p.size for p in abstract_model(spec).parameters)
+    tokens = TOKENS if size < _LARGE else _TOKENS_OF_LARGE
+    text = evaluate.read_text(evaluate.SHIPPED_TEXT, tokens)
+    windows = evaluate.cut(evaluate.tokenize(model.tokenizer, text), tokens, window)
     if window < evaluate.SMALLEST_WINDOW or not windows:
         return None
     name, tokenizer, context = f"{source.name} in float32", model.tokenizer, artifact.context

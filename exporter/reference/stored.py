@@ -14,6 +14,11 @@ from ..models.registry import ModelSpec
 from ..programs import TABLES, StoredModel
 from .output_head import Bind, blockwise_logits, head_of
 
+# With this many weights, the forward pass over one padded sequence takes longer than compiling a second program.
+MANY_WEIGHTS = 1_000_000_000
+# Large models pad each sequence to a multiple of this many tokens; small models pad all sequences to one length.
+_STEP = 64
+
 
 def answer_logits(
     model: StoredModel,
@@ -37,24 +42,33 @@ def answer_logits(
     """
     names = [name for name, _ in model.arrays()]
     arrays = {name: _on_device(weights[name]) for name in (*TABLES, *names)}
-    run = jax.jit(
-        lambda tokens, cos, sin, *flat: model.bind(flat).hidden(tokens[None], cos, sin, kv_cache)[0]
-    )
-    # Pad all sequences to one length, so that the pass compiles once.
-    length = max(map(len, sequences))
-    rows = []
-    for sequence, first in zip(sequences, firsts, strict=True):
-        padded = np.array([*sequence, *[0] * (length - len(sequence))], np.int32)
-        rows.append(run(padded, *arrays.values())[first : len(sequence) - 1])
+    run = jax.jit(lambda tokens, cos, sin, *flat: model.bind(flat).hidden(tokens, cos, sin, kv_cache))
+    rows: dict[int, Array] = {}
+    for length, members in by_length(model, list(map(len, sequences))).items():
+        padded = np.zeros((len(members), length), np.int32)
+        for row, i in zip(padded, members, strict=True):
+            row[: len(sequences[i])] = sequences[i]
+        for i, hidden in zip(members, run(padded, *arrays.values()), strict=True):
+            rows[i] = hidden[firsts[i] : len(sequences[i]) - 1]
+    ordered = [rows[i] for i in range(len(sequences))]
     head = head_of(model.spec)
     logits = blockwise_logits(
         model.spec,
         lambda spec: _binder(model, spec),
-        jnp.concatenate(rows),
+        jnp.concatenate(ordered),
         {name: weights[name] if name.startswith(head) else arrays[name] for name in names},
         panel_rows=panel_rows(model.formats[head], model.spec.config.width),
     )
-    return np.split(logits, np.cumsum([len(r) for r in rows])[:-1])
+    return np.split(logits, np.cumsum([len(r) for r in ordered])[:-1])
+
+
+def by_length(model: StoredModel, lengths: Sequence[int]) -> dict[int, list[int]]:
+    """Group sequences that run together; return the indices of each group by the length to which they are padded."""
+    step = max(lengths) if sum(p.size for p in model.parameters) < MANY_WEIGHTS else _STEP
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(-(-length // step) * step, []).append(i)
+    return groups
 
 
 def _binder(model: StoredModel, spec: ModelSpec) -> Bind:

@@ -1,4 +1,4 @@
-"""Writers of small checkpoints for tests of the readers: GGUF files and Hugging Face folders."""
+"""Small checkpoints to read, written for each test: GGUF files and Hugging Face directories."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-# Sizes of the tiny model: D, N, K, H, F, L. D and F are multiples of 256, the block size of the k-quants.
+# The tiny model: D, N, K, H, F, L. D and F are multiples of 256, the block of the k-quants.
 D, N, K, H, F, L = 256, 4, 2, 64, 256, 2
 
 
@@ -98,14 +98,14 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarra
 
 @dataclass(kw_only=True)
 class GgufFile:
-    """The description of a GGUF file to write, by default for the tiny model.
+    """A GGUF file to write, by default of the tiny model.
 
     Attributes:
-        architecture: name of the architecture in the metadata.
-        metadata: changes of the metadata; a value of None removes the key.
+        architecture: its name in the metadata.
+        metadata: changes of the metadata; a value of None drops the key.
         tensors: tensors by name.
         types: quantised types by tensor name.
-        raw: further tensors by name, as bytes with their type.
+        raw: further tensors as bytes, with their type.
         name: name of the file.
     """
 
@@ -148,7 +148,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 @pytest.fixture
 def tiny() -> SimpleNamespace:
-    """Return the tiny model's sizes and helper functions. This is a fixture, because tests cannot import this file."""
+    """Return the tiny model's numbers and helpers, because tests cannot import this file."""
 
     return SimpleNamespace(
         dims={"D": D, "N": N, "K": K, "H": H, "F": F, "L": L},
@@ -183,7 +183,7 @@ def tokenizer_json(tokens: Sequence[str] = ("<s>", "</s>", "a", "b")) -> dict[st
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes a small Hugging Face folder; a value of None in `files` leaves out the file."""
+    """Return a function that writes a small Hugging Face directory; a value of None in `files` drops a file."""
 
     def write(
         files: Mapping[str, Any] | None = None, tensors: Mapping[str, np.ndarray] | None = None
@@ -210,7 +210,7 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def export_refusal(tmp_path: Path) -> Callable[..., str]:
-    """Return a function that runs an export, which must fail and leave no file, and returns the error."""
+    """Run an export that must fail and leave no file; return its error."""
     from precast.exporter.export import export
     from precast.exporter.options import ExportOptions
     from precast.loaders.artifact.errors import PrecastError

@@ -144,6 +144,11 @@ def test_every_context_with_room_for_a_window_is_measured(export_tiny, source, s
     assert found.top1 == 1
 
 
+def test_a_large_model_is_measured_on_fewer_tokens(tiny_model, spec, source, monkeypatch):
+    monkeypatch.setattr(fidelity, "_LARGE", 1000)
+    assert fidelity.measure(tiny_model, spec, source).tokens == 256
+
+
 def test_a_context_without_room_is_not_measured(export_tiny, source, spec):
     model = load(export_tiny(buckets=(4,), context=7, targets=("cpu",)))
     assert fidelity.measure(model, spec, source) is None

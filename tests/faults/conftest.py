@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture
 def put() -> Callable[[Path, str, bytes], Path]:
-    """Return a function that writes a file into an artifact, and the file's correct hash into the manifest."""
+    """Return a function that writes a file into an artifact and its correct hash into the manifest."""
 
     def write(root: Path, name: str, data: bytes) -> Path:
         path = root / name
@@ -30,7 +30,7 @@ def put() -> Callable[[Path, str, bytes], Path]:
 
 @pytest.fixture
 def refusal(cli: Callable[..., Any]) -> Callable[..., str]:
-    """Return a function that runs a command, which must fail with one sentence, and returns this sentence."""
+    """Return a function that runs a command, which must fail in one sentence, and returns the sentence."""
 
     def run(*arguments: object, stdin: str = "") -> str:
         result = cli(*arguments, stdin=stdin)
@@ -52,7 +52,7 @@ def run_refused(refusal: Callable[..., str]) -> Callable[..., str]:
 
 @pytest.fixture
 def answers(cli: Callable[..., Any]) -> Callable[[Path], list[int]]:
-    """Return a function that runs `precast run` and returns the token ids of the answer."""
+    """Return a function that gives the token ids of the answer of `precast run`."""
 
     def run(root: Path) -> list[int]:
         result = cli("run", root, "--ids", "7,200,31", "-n", "4", "--ignore-eos", "--json")

@@ -1,7 +1,6 @@
-"""A simulated disk that fails at its n-th operation.
+"""A disk that fails at its n-th operation. Operations create or write files, make folders, rename, link, or fsync.
 
-Operations are: create, write, mkdir, rename, link and fsync. A write counts when its bytes leave Python's buffer, and a
-failing write leaves half of its bytes.
+A write counts when it leaves Python's buffer, and a failing write leaves half of its bytes.
 """
 
 import builtins
@@ -78,7 +77,7 @@ class Disk:
 
     @contextmanager
     def at_work(self) -> Iterator["Disk"]:
-        """Count all operations of this process while the block runs, and let the chosen ones fail."""
+        """Count all operations of this process while the block runs."""
         patches = [
             mock.patch.object(owner, name, wrap(getattr(owner, name)))
             for owner, names, wrap in (

@@ -1,7 +1,7 @@
 """Run commands with standard streams that are closed, full or without a reader, each in a fork of this process.
 
-The input is a JSON list of commands, each with a list of streams: "open", or "closed", "full" or "left" with a number.
-The output is a list of command, streams, exit code, output and errors.
+Takes a JSON list of commands, each with its list of streams ("open", or "closed", "full" or "left" and a number), and
+prints a list of command, streams, exit code, output and errors.
 """
 
 import io
@@ -21,7 +21,7 @@ def replace(number: int, handle: int) -> None:
 
 
 def arrange(streams: str, out: int, err: int) -> None:
-    """Arrange the standard streams, and reset this process to the state in which Python starts."""
+    """Reset this process to the state in which Python starts."""
     replace(0, os.open(os.devnull, os.O_RDONLY))
     replace(1, out)
     replace(2, err)
@@ -76,7 +76,7 @@ def in_a_fork(command: Sequence[str], streams: str) -> tuple[int, str, str]:
 
 
 def main() -> None:
-    # Import these modules once, for all forks.
+    # Imported once, for all the forks.
     import precast.loaders.audit.check
     import precast.loaders.console.run
     import precast.loaders.load  # noqa: F401

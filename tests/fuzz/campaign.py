@@ -1,7 +1,6 @@
-"""Shared parts of kill.py and interrupt.py, which both stop commands at random moments.
+"""The frame of kill.py and interrupt.py: attempts at random moments, a line for each command, and a line of JSON.
 
-The output is a line for each command, and a line of JSON. The module also contains the batch requests and the prefix
-that the commands of both scripts use.
+Both campaigns share the requests of batches and the prefix that commands add and remove.
 """
 
 import argparse
@@ -21,8 +20,7 @@ from typing import NoReturn
 
 # Name and text of the prefix.
 PREFIX, TEXT = "cat", "the cat"
-# A function that makes a number of attempts at a command. It returns the count of each outcome, and a text for each
-# fault.
+# Makes a number of attempts at a command; returns the number of each outcome, and a text for each fault.
 Series = Callable[[int, Random], tuple[Counter[str], list[str]]]
 
 
@@ -35,7 +33,7 @@ def parse_options(description: str, noun: str, default: int) -> argparse.Namespa
         default: number of attempts.
 
     Returns:
-        The options `count`, `seed`, `only` (names of commands; empty for all commands) and `artifact`.
+        Options `count`, `seed`, `only` (names of commands; empty for all) and `artifact`.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(f"--{noun}", dest="count", type=int, default=default, help="number in all")
@@ -48,12 +46,12 @@ def parse_options(description: str, noun: str, default: int) -> argparse.Namespa
 
 
 def run(noun: str, options: argparse.Namespace, prepare: Callable[[Path], Mapping[str, Series]]) -> NoReturn:
-    """Run the attempts at all commands, print the results, and exit with 1 if there are faults.
+    """Run all series, print the results, and exit with 1 if there are faults.
 
     Args:
         noun: plural name of the attempts.
         options: result of `parse_options`.
-        prepare: function from a folder for files to the series of attempts by command.
+        prepare: returns the series by command, given a folder for their files.
     """
     folder, started = Path(tempfile.mkdtemp(prefix=f"precast-{noun}-")), time.monotonic()
     os.environ["PRECAST_CACHE"] = str(folder / "cache")
@@ -77,7 +75,7 @@ def run(noun: str, options: argparse.Namespace, prepare: Callable[[Path], Mappin
 
 
 def store_url(folder: Path) -> str:
-    """Return the URL to which `push_base` pushes an artifact."""
+    """Return the URL at which `push_base` puts an artifact."""
     return f"file://{folder}/store/tiny"
 
 
@@ -114,7 +112,7 @@ class Requests:
 
     @staticmethod
     def make(folder: Path, count: int = 200) -> "Requests":
-        """Write the requests. Every second request begins with the prefix."""
+        """Write the requests, of which every second one begins with the prefix."""
         made = Requests(
             folder / "requests.jsonl", folder / "batch" / "records.jsonl", folder / "expected.jsonl"
         )
@@ -127,12 +125,12 @@ class Requests:
         return made
 
     def restart(self) -> None:
-        """Remove the output if it contains all records."""
+        """Remove the output if it holds all records."""
         if self.output.exists() and self.output.read_bytes() == self.expected.read_bytes():
             self.output.unlink()
 
     def fault(self, *, complete: bool = False) -> str | None:
-        """Compare the output with the expected records, or with their beginning; return the first difference."""
+        """Return the first difference between the output and the first, or all, of the expected records."""
         found = self.output.read_bytes() if self.output.exists() else b""
         expected = self.expected.read_bytes()
         if expected[: None if complete else len(found)] == found:

@@ -1,7 +1,7 @@
 """Hostile constraints: schemas, expressions and grammars that demand excessive time, memory or stack.
 
-`python constraints_hostile.py SEED COUNT` tries them in this process. It prints a line of JSON for each: the case, the
-outcome, the time in seconds, and the peak memory of the process until then.
+`python constraints_hostile.py SEED COUNT` tries them in this process, and prints a line of JSON for each: the case, its
+outcome, its time in seconds, and the process's peak memory so far.
 """
 
 import json
@@ -19,7 +19,7 @@ END = 0
 
 
 def cases(seed: int, count: int) -> Iterator[tuple[str, Case]]:
-    """Yield named parameters from each family in turn."""
+    """Yield named parameters, the families in turn."""
     random = Random(seed)
     for index in range(count):
         family = FAMILIES[(seed + index) % len(FAMILIES)]
@@ -30,7 +30,7 @@ def cases(seed: int, count: int) -> Iterator[tuple[str, Case]]:
 
 
 def deep(random: Random) -> Case:
-    """Nest a keyword, up to a depth at which recursive parsers crash."""
+    """Nest one keyword, up to a depth at which recursive parsers crash."""
     key = random.choice(("items", "additionalProperties", "anyOf", "allOf", "properties"))
     schema: Any = {"type": "string"}
     for _ in range(size(random, 20_000)):
@@ -46,7 +46,7 @@ def deep_text(random: Random) -> Case:
 
 
 def references(random: Random) -> Case:
-    """Make each definition refer to the next one, either directly or inside another keyword."""
+    """Refer from each definition to the next, within another keyword or none."""
     count, wrap = size(random, 4_000), random.randrange(4)
 
     def to(name: str) -> Case:
@@ -62,7 +62,7 @@ def references(random: Random) -> Case:
 
 
 def cycles(random: Random) -> Case:
-    """Make every definition refer to random definitions, which may include itself."""
+    """Let every definition refer to some others, itself included."""
     count = random.randint(1, 200)
     key = random.choice(("anyOf", "allOf", "oneOf"))
     definitions = {
@@ -73,7 +73,7 @@ def cycles(random: Random) -> Case:
 
 
 def doubling(random: Random) -> Case:
-    """Make a schema in which every level doubles the work."""
+    """Double the work with every level."""
     count, key = random.randint(5, 80), random.choice(("anyOf", "allOf", "prefixItems", "properties"))
 
     def twice(name: str) -> Case:
@@ -125,7 +125,7 @@ def many_properties(random: Random) -> Case:
 
 
 def bounds(random: Random) -> Case:
-    """Require absurd lengths and numbers."""
+    """Ask for absurd lengths and numbers."""
     number = random.choice((10**3, 10**5, 10**9, 2**31, 2**63, 2**64, 10**30, -1, 1e308, 1e-308, 0.1))
     keyword, kind = random.choice(
         (
@@ -170,7 +170,7 @@ def nested_expression(random: Random) -> Case:
 
 
 def intersections(random: Random) -> Case:
-    """Require a string that matches many expressions at once; each further expression doubles the time."""
+    """Ask for a string that matches many expressions at once; the time for each more doubles."""
     patterns = [f"{random.choice('abc')}{i}.*" for i in range(random.randint(2, 60))]
     if random.random() < 0.3:
         return {"grammar": "start: T\nT: " + " & ".join(f"/.*{pattern}/" for pattern in patterns)}
@@ -258,7 +258,7 @@ def unicode_traps(random: Random) -> Case:
 
 
 def noise(random: Random) -> Case:
-    """Give known keywords values of the wrong type."""
+    """Put values of the wrong type under known keywords."""
     values = (
         None,
         True,
@@ -368,7 +368,7 @@ def size(random: Random, largest: int) -> int:
 
 
 def dumps(value: Any) -> str:
-    """Return a value as JSON, at any depth of nesting."""
+    """Return JSON at any depth."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(300_000)
     try:
@@ -398,13 +398,13 @@ def main() -> None:
 
 
 def peak_mb() -> int:
-    """Return this process's peak resident memory in MB; `ru_maxrss` would include the parent's memory."""
+    """Return this process's peak resident memory. `ru_maxrss` would include the parent's, from before the exec."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
 
 def attempt(grammars: Any, case: Case) -> str:
-    """Generate some random tokens under a constraint; return "generated", or the text of the error."""
+    """Return "generated" after some random tokens, or the error's text."""
     import numpy as np
 
     from precast.loaders.artifact.errors import PrecastError
@@ -424,7 +424,7 @@ def attempt(grammars: Any, case: Case) -> str:
 
 
 def tool_calls(given: Any) -> Any:
-    """Return a constraint that allows calls of any of the given tools."""
+    """Return the constraint of calls of any of the given tools."""
     from precast.loaders.generation.constraint_texts import tool_constraint
     from precast.loaders.text.answer_formats import answer_format
     from precast.loaders.text.tool_grammar import REQUIRED, tool_grammar
@@ -435,14 +435,14 @@ def tool_calls(given: Any) -> Any:
 
 
 def byte_grammars() -> Any:
-    """Return the grammars for a vocabulary of all bytes and some pairs of bytes."""
+    """Return the grammars of a vocabulary of all bytes and some pairs."""
     from precast.loaders.generation.grammars import Grammars
 
     return Grammars(byte_tokenizer(), VOCABULARY, [END])
 
 
 def byte_tokenizer() -> Any:
-    """Return a tokenizer whose tokens are all bytes and some pairs of bytes."""
+    """Return a tokenizer of all bytes and some pairs."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers
 

@@ -1,11 +1,11 @@
-"""Interrupt commands at random moments, as Ctrl-C does: each must end with exit code 130 and leave nothing behind.
+"""Interrupt commands at random moments, as Ctrl-C does: each must end with 130 and one word, and leave nothing behind.
 
     python tests/fuzz/interrupt.py --tries 130 --seed 1
 
-Each command must also print `interrupted`. The signal is sent alternately to the whole process group, as by a
-terminal, and to the command alone. Afterwards, no process of the group may remain. A command may also end before the
-signal. An interrupted batch must leave its first records, and the same command must then write all further records.
-Before precast's first line runs, Python itself handles the signal; such attempts are counted separately.
+The signal goes alternately to the whole process group, as from a terminal, and to the command alone; afterwards no
+process of the group may remain. A command may also end before the signal. An interrupted batch must leave the first of
+its records, and the same command must then write the rest. Before precast's first line runs, Python
+itself answers the signal; these cases are counted separately.
 """
 
 import json
@@ -31,12 +31,12 @@ import campaign
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIMIT_S = 300
-# The files that are imported before precast handles interrupts.
+# Files that are imported before precast handles interrupts.
 EARLY = ("__init__.py", "start.py", "loaders/__init__.py", "loaders/artifact/__init__.py")
 EARLY += ("loaders/artifact/interrupt.py",)
 # The code of a console script.
 START = "import sys; from precast.start import main; sys.exit(main())"
-# Texts that precast must not print.
+# precast must print none of these.
 NOISE = re.compile(
     r"Traceback|Exception ignored|KeyboardInterrupt|Fatal Python error|terminate called|Aborted|error:"
 )
@@ -48,10 +48,10 @@ class Command:
 
     Attributes:
         arguments: command-line arguments.
-        made: the artifact that the command makes or changes; None if it only reads.
-        terminal: True if the command runs on a terminal.
+        made: the artifact that it makes or changes; None if it only reads.
+        terminal: True if it runs on a terminal.
         prepare: runs before each run, and is not interrupted.
-        requests: the requests of a batch, whose output must be complete after the next run; None for other commands.
+        requests: those of a batch, whose output must be complete after the next run.
     """
 
     arguments: Sequence[str]
@@ -69,7 +69,7 @@ class Ended:
 
 
 def commands(folder: Path, base: Path, checkpoint: Path | None) -> dict[str, Command]:
-    """Return the commands by name; include export only if a checkpoint is given."""
+    """Return the commands by name; include export only if there is a source."""
     url = campaign.store_url(folder)
     names = ("add-target", "add-prefix", "remove-prefix", "export")
     added, prefixed, removed, made = (folder / name / "tiny" for name in names)
@@ -107,7 +107,7 @@ def commands(folder: Path, base: Path, checkpoint: Path | None) -> dict[str, Com
 
 
 def start(command: Command) -> tuple[subprocess.Popen[bytes], int | None]:
-    """Start a command in a new process group; if it runs on a terminal, also return the user's end of the terminal."""
+    """Start a command in its own process group; for one on a terminal, also return the user's end."""
     words = [sys.executable, "-c", START, *command.arguments]
     if not command.terminal:
         pipe = subprocess.PIPE
@@ -123,7 +123,7 @@ def start(command: Command) -> tuple[subprocess.Popen[bytes], int | None]:
 
 
 def run(command: Command, after: float | None, whole_group: bool) -> Ended:
-    """Run a command, and interrupt it after `after` seconds, or never if `after` is None.
+    """Run a command and interrupt it `after` some seconds, or never if None.
 
     Raises:
         TimeoutExpired: the command does not end.
@@ -137,7 +137,7 @@ def run(command: Command, after: float | None, whole_group: bool) -> Ended:
             if process.poll() is None:
                 (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
         if terminal is not None:
-            # In a chat, an interrupt ends only the answer or the line; the end of the input ends the chat.
+            # A chat survives an interrupt that ends an answer or a line; the end of input ends it.
             threading.Thread(target=_end_input, args=(process, terminal), daemon=True).start()
         _, said = process.communicate(timeout=LIMIT_S)
         left = _left_in_group(process.pid)
@@ -157,7 +157,7 @@ def _end_input(process: "subprocess.Popen[bytes]", terminal: int) -> None:
 
 
 def _left_in_group(group: int) -> list[str]:
-    """Return the processes of a group that are still running after a few seconds."""
+    """Return the processes of a group that still run after a few seconds."""
     end = time.monotonic() + 5
     while (found := list(_in_group(group))) and time.monotonic() < end:
         time.sleep(0.05)
@@ -189,14 +189,14 @@ def judge(name: str, command: Command, ended: Ended) -> tuple[str, str | None]:
 
 
 def _lines_of_ours(said: str) -> list[str]:
-    """Return the lines of precast's files in a traceback, without files that are imported early."""
+    """Return the places in precast's files that a traceback names, except those that install the handler."""
     early = {str(ROOT / name) for name in EARLY}
     places = re.findall(r'File "([^"]+)"', said)
     return [p for p in places if p.startswith(f"{ROOT}/") and "/.venv/" not in p and p not in early]
 
 
 def check(command: Command) -> str | None:
-    """List the faults of a command's result, which must be complete or absent, without other files beside it."""
+    """List faults in a command's result: it must be whole or absent, with nothing beside it."""
     from precast.loaders.artifact.errors import PrecastError
     from precast.loaders.artifact.files import unlisted_files
     from precast.loaders.audit.verify import check_files
@@ -220,7 +220,7 @@ def check(command: Command) -> str | None:
 
 
 def _check_records(command: Command, requests: campaign.Requests) -> str | None:
-    """List the faults of an interrupted batch's records, and those after the same batch has run to its end."""
+    """List faults in the records of an interrupted batch, and in those of the same batch afterwards."""
     if fault := requests.fault():
         return fault
     again = run(command, None, True)
@@ -233,7 +233,7 @@ def interrupt(name: str, command: Command, tries: int, random: Random) -> tuple[
     """Interrupt a command; return its outcome and its faults."""
     outcomes: Counter[str] = Counter()
     found: list[str] = []
-    if command.requests is not None:  # first write the expected records, in a batch that is not interrupted
+    if command.requests is not None:  # the records of a batch that nobody interrupts
         run(replace(command, arguments=(*command.arguments[:-1], str(command.requests.expected))), None, True)
     started = time.monotonic()
     first = run(command, None, True)

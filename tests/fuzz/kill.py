@@ -1,12 +1,11 @@
-"""Kill writing commands at random moments: afterwards, the artifact must be complete or absent.
+"""Kill commands that write, at random moments: afterwards the artifact must be whole or absent.
 
     python tests/fuzz/kill.py --kills 200 --seed 1
 
-All runs of a command use the same folder, which is never cleaned, so that later runs find the remains of killed runs.
-After every kill, the artifact is loaded and all of its files are hashed. After every fifth kill, the command runs to
-its end. This run must succeed, and leave nothing beside the artifact. After a killed batch, the output must contain the
-first records, and after a complete batch all records. All runs are forked processes, because imports take longer than
-the work itself.
+Each command works in one folder that is never tidied up, so that it meets the remains of killed runs. After every kill
+the artifact is loaded and all its files are hashed. After every fifth kill the command runs to its end, which must
+succeed and leave nothing beside the artifact. After a kill of a batch, its output must hold the first of the records,
+and a complete run all of them. All runs are forked processes, because imports take longer than the work.
 """
 
 import os
@@ -27,12 +26,12 @@ import campaign
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))  # for `make`
 LIMIT_S = 300
-# The number of kills between two complete runs of a command.
+# Kills between two complete runs of a command.
 EVERY = 5
 
 
 def check(artifact: Path) -> None:
-    """Check that an artifact is complete, and that it can answer."""
+    """Check that an artifact is whole, and answers."""
     from precast.loaders.generation.sampling_params import SamplingParams
     from precast.loaders.load import load
 
@@ -49,7 +48,7 @@ class Command:
         made: the artifact's folder, or the file that the command writes.
         run: runs the command.
         absent: True if `made` may be absent after a kill.
-        check: raises an error if `made` is incomplete.
+        check: raises an error if `made` is not whole.
         prepare: runs before each run, and is not killed.
     """
 
@@ -66,7 +65,7 @@ def quiet(_: str) -> None:
 
 
 def commands(folder: Path, base: Path) -> list[Command]:
-    # Import these modules before the forks. None of them starts a thread.
+    # Imported before the forks; none of these starts a thread.
     import make
 
     from precast.exporter.export import export
@@ -123,7 +122,7 @@ def commands(folder: Path, base: Path) -> list[Command]:
 
 
 def answer(artifact: Path, requests: campaign.Requests) -> None:
-    """Answer all requests; the first call writes the expected records."""
+    """Answer all requests; the first call makes the expected records."""
     from precast.loaders import batch
     from precast.loaders.generation.sampling_params import SamplingParams
     from precast.loaders.load import load
@@ -137,13 +136,13 @@ def answer(artifact: Path, requests: campaign.Requests) -> None:
 
 
 def check_records(requests: campaign.Requests, *, complete: bool) -> None:
-    """Check the output: it must contain the first expected records, and all of them if `complete`."""
+    """Check that the output holds the expected records; the first of them, or all."""
     fault = requests.fault(complete=complete)
     assert fault is None, fault
 
 
 def run_and_exit(function: Callable[[], object]) -> NoReturn:
-    """Run a function in a forked child, then exit with 0, or with a traceback and 1 if it raises an exception."""
+    """Run a function in a forked child and end the process: with 0, or with a traceback and 1 after an exception."""
     try:
         function()
     except BaseException:
@@ -154,9 +153,9 @@ def run_and_exit(function: Callable[[], object]) -> NoReturn:
 
 
 def in_child(function: Callable[[], object], log: Path, kill_after: float | None = None) -> bool | None:
-    """Run a function in a child process; return True if it succeeded, None if it was killed before its end.
+    """Run a function in a child process; return True if it succeeded, None if the kill came first.
 
-    Only the child is killed at that moment. Its own children may run a little longer.
+    The kill spares the child's own children, which may go on for a moment.
     """
     child = os.fork()
     if child == 0:
@@ -180,7 +179,7 @@ def in_child(function: Callable[[], object], log: Path, kill_after: float | None
 
 
 def leftovers(command: Command) -> list[str]:
-    """Return the files that a successful run should not have left behind."""
+    """Return the files beside what a command made, and an artifact's unlisted files, after a successful run."""
     from precast.loaders.artifact.files import unlisted_files
     from precast.loaders.locate import read_manifest
 
@@ -230,9 +229,7 @@ def kill(command: Command, kills: int, random: Random, log: Path) -> tuple[Count
             if left := leftovers(command):
                 found.append(f"{command.name}: left after the run after kill {count}: {left}")
         if command.absent and random.random() < 0.3:
-            shutil.rmtree(
-                command.made, ignore_errors=True
-            )  # so that the command makes a new artifact instead of replacing one
+            shutil.rmtree(command.made, ignore_errors=True)  # then it is made anew, not replaced
     outcomes[f"{usual:.1f} s usually"] += 0
     return outcomes, found
 

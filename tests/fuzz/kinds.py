@@ -1,7 +1,7 @@
-"""The kinds of cases: for each kind, a function that derives random changes to an artifact from a `Random`.
+"""What is done to an artifact: for each kind of case, a function from a `Random` to the changes.
 
-If a case changes a file other than the manifest, the manifest gets the file's new hash, so that the hash check passes
-and the later checks are tested. Only the kinds that test the hash check itself leave the old hash.
+A change of a file other than the manifest goes with its new hash into the manifest, unless a kind says otherwise: the
+hash check is passed, and what lies behind it is met.
 """
 
 import base64
@@ -23,39 +23,37 @@ MANIFEST, SIGNATURE, WEIGHTS = "manifest.json", "manifest.json.sig", "weights.sa
 
 
 def key_of(root: Path) -> Path:
-    """Return the path of the public key with which the artifact's signature is checked; it is beside the artifact."""
+    """The public key of who signed the artifact, beside its folder."""
     return root.parent / "keys" / "public.pem"
 
 
 @dataclass(frozen=True)
 class Special:
-    """A replacement for a file: a "pipe", a "folder", a "socket", or a "link" whose target is `to`."""
+    """What stands in the place of a file: a link ("link", with where it leads), a pipe, a folder, a socket."""
 
     kind: str
     to: str = ""
 
 
-Change = bytes | Special | None  # new contents, a replacement, or no file
+Change = bytes | Special | None  # new contents, something else, or gone
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A mutated artifact, as changes to the intact one, and the way to load it."""
+    """A mutated artifact, as changes to the whole one, and how it is loaded."""
 
     changes: Mapping[str, Change]
     allow_compile: bool = False
     rehash: bool = False
     target: str | None = None
-    index: bytes | None = (
-        None  # if given, pull the artifact from a store with this index, instead of loading it
-    )
-    signed: bool = False  # if True, check the signature, instead of loading the artifact
+    index: bytes | None = None  # of a store to pull the artifact from, instead
+    signed: bool = False  # its signature is checked, instead
     texts: tuple[str, ...] = ("the cat",)
 
 
 @dataclass(frozen=True)
 class Base:
-    """The intact artifact to which cases make changes."""
+    """The whole artifact that cases are made from."""
 
     root: Path
     files: dict[str, bytes] = field(default_factory=dict)
@@ -71,7 +69,7 @@ class Base:
 
     @cached_property
     def index(self) -> Any:
-        """The index that a store would have for the artifact, with one piece per file."""
+        """What a store says of the artifact, with one piece a file."""
         entries = {
             n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in self.files.items()
         }
@@ -84,7 +82,7 @@ class Base:
     def rehashed(
         self, changed: Mapping[str, bytes], edit: Callable[[Any], None] = lambda _: None
     ) -> dict[str, Change]:
-        """Return the changes, and the manifest with the new hashes, edited by `edit`."""
+        """The changes, and a manifest that knows them."""
         manifest = copy.deepcopy(self.manifest)
         for name, data in changed.items():
             manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -125,7 +123,7 @@ def manifest_bytes(base: Base, random: Random) -> Case:
 
 
 def weights(base: Base, random: Random) -> Case:
-    """Change the header of the safetensors file, the header's length, or the data."""
+    """The safetensors header, its length, and the data behind it."""
     return Case(changes=base.rehashed({WEIGHTS: _mutate_safetensors(base.files[WEIGHTS], random)}))
 
 
@@ -149,7 +147,7 @@ def _mutate_safetensors(data: bytes, random: Random) -> bytes:
 
 
 def prefix(base: Base, random: Random) -> Case:
-    """Change a stored prefix: its tokens, its keys and values, or its entry in the manifest."""
+    """The tokens of a stored prefix, its keys and values, or its entry in the manifest."""
     entries = base.manifest["prefixes"]
     number = random.randrange(len(entries))
     tokens, arrays = entries[number]["file"], entries[number]["arrays"]
@@ -173,7 +171,7 @@ def _put(values: list[Any], index: int, value: Any) -> None:
 
 
 def weights_and_manifest(base: Base, random: Random) -> Case:
-    """Change a tensor's shape or type in the manifest and the file alike; only the programs reveal it."""
+    """The manifest and the header agree about a tensor, and only the programs know better."""
     data, name = base.files[WEIGHTS], random.choice(_tensors(base))
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -188,7 +186,7 @@ def weights_and_manifest(base: Base, random: Random) -> Case:
     if _product(shape) * 2 == _product(header[name]["shape"]) or random.random() < 0.3:
         dtype = random.choice(sorted(types))
     header[name] |= {"shape": shape, "dtype": dtype}
-    if random.random() < 0.5:  # also move the data, so that the file is valid for the new shape
+    if random.random() < 0.5:  # the file as these shapes have it
         size = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
         at, begin = 0, 8 + length
         pieces = []
@@ -225,7 +223,7 @@ def _product(shape: list[int]) -> int:
 
 
 def stablehlo(base: Base, random: Random) -> Case:
-    """Change a StableHLO program, and make its target's executables unusable, so that the StableHLO is compiled."""
+    """StableHLO that is compiled on request; the executables of its target are made not to fit."""
     name = random.choice(base.ending(".stablehlo"))
     other = base.files[random.choice(base.ending(".stablehlo"))]
     data = other if random.random() < 0.05 else mutate_bytes(base.files[name], random)
@@ -240,7 +238,7 @@ def stablehlo(base: Base, random: Random) -> Case:
 
 
 def executable(base: Base, random: Random) -> Case:
-    """Change an executable: its native code, or XLA's data around it."""
+    """Native code, and what XLA keeps around it."""
     name = random.choice(base.ending(".xla"))
     other = base.files[random.choice(base.ending(".xla"))]
     data = other if random.random() < 0.05 else mutate_bytes(base.files[name], random)
@@ -276,13 +274,13 @@ def golden(base: Base, random: Random) -> Case:
 
 
 def altered(base: Base, random: Random) -> Case:
-    """Change a file without its hash."""
+    """A file that is not what its hash says."""
     name = random.choice([n for n in base.files if n != MANIFEST])
     return Case(changes={name: mutate_bytes(base.files[name], random)}, rehash=True)
 
 
 def folder(base: Base, random: Random) -> Case:
-    """Replace files with links, pipes, folders, sockets or nothing, and add files that the manifest does not list."""
+    """Links, pipes, folders and gaps where files should be, and files that nobody listed."""
     changes: dict[str, Change] = {}
     for _ in range(random.choice((1, 1, 2, 4))):
         name = random.choice(
@@ -331,7 +329,7 @@ def folder(base: Base, random: Random) -> Case:
 
 
 def names(base: Base, random: Random) -> Case:
-    """Rename a file in the manifest to another path, where a file with the right hash may exist."""
+    """A name that leads elsewhere, wherever the manifest uses a file; what lies there has the right hash."""
     old, new = random.choice(list(base.manifest["files"])), random.choice((*NAMES, odd_value("a/b", random)))
     new = str(
         random.choice(
@@ -350,7 +348,7 @@ def names(base: Base, random: Random) -> Case:
 
 
 def store(base: Base, random: Random) -> Case:
-    """Change the index of the store from which the artifact is pulled."""
+    """The index of a store that an artifact is pulled from."""
     data = write_json(mutate_json(base.index, random))
     return Case(
         changes={}, index=data if random.random() < 0.8 else mutate_bytes(write_json(base.index), random)
@@ -358,7 +356,7 @@ def store(base: Base, random: Random) -> Case:
 
 
 def signature(base: Base, random: Random) -> Case:
-    """Change the signature's bytes, its JSON or the statement in it, or change the signed manifest."""
+    """The signature, from its bytes to the statement that is signed in it; or another manifest than was signed."""
     whole = base.files[SIGNATURE]
     match random.randrange(4):
         case 0:
@@ -377,22 +375,17 @@ def signature(base: Base, random: Random) -> Case:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of case.
-
-    Attributes:
-        make: derives a case from the intact artifact and a `Random`.
-        share: share of all cases.
-        limit_s: maximum duration of a case in seconds.
-        native: True if the case changes a program, which may then crash the process.
-    """
+    """How cases are made, their share of all cases, and seconds that one may take."""
 
     make: Callable[[Base, Random], Case]
     share: float
     limit_s: int = 30
-    native: bool = False
+    native: bool = (
+        False  # a mutated program: its crash must become a sentence by the trial in a child process
+    )
 
 
-# Remedies for an artifact without the files that a kind needs.
+# The kinds that an artifact may lack the files for, and the remedies.
 SIGNATURE_REMEDY = (
     "needs a signed artifact with its public key in keys/public.pem beside its folder; sign it with precast sign, or"
     " leave --artifact out"
@@ -401,7 +394,7 @@ PREFIX_REMEDY = "needs an artifact with a prefix; add one with precast add-prefi
 
 
 def missing(base: Base) -> Mapping[str, str]:
-    """Return the kinds of cases for which the artifact lacks the files, each with its remedy."""
+    """Return the kinds of cases that the artifact cannot be used for, each with its remedy."""
     found = {} if SIGNATURE in base.files and key_of(base.root).exists() else {"signature": SIGNATURE_REMEDY}
     return found if base.manifest.get("prefixes") else {**found, "prefix": PREFIX_REMEDY}
 
@@ -426,5 +419,5 @@ KINDS: Mapping[str, Kind] = {
 
 
 def make(base: Base, kind: str, seed: int) -> Case:
-    """Return the case of a kind and a seed. It depends only on these and on the artifact."""
+    """The case of a kind and a seed; the same for the same artifact."""
     return KINDS[kind].make(base, Random(f"{kind}:{seed}"))

@@ -1,4 +1,4 @@
-"""Random mutations of bytes and of JSON, for `kinds.py`. All randomness comes from the `Random` argument."""
+"""Mutations of bytes and of JSON, for `kinds.py`. Whatever is random comes from the `Random` given."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ EDGES = (
 
 
 def mutate_bytes(data: bytes, random: Random) -> bytes:
-    """Return a copy of the data with one to eight small changes."""
+    """One to eight small injuries."""
     result = bytearray(data)
     for _ in range(random.choice((1, 1, 1, 2, 4, 8))):
         random.choice((_flip, _flip, _flip, _set, _cut, _insert, _copy, _truncate, _zero))(result, random)
@@ -72,11 +72,11 @@ def _zero(data: bytearray, random: Random) -> None:
 
 
 class Raw(str):
-    """JSON text that `json.dumps` cannot produce, such as invalid numbers and unclosed brackets."""
+    """JSON text that no Python value gives: NaN, a nest too deep to build, a number of a thousand digits."""
 
 
 class Pairs(list):
-    """A JSON object as a list of pairs, so that a key may occur twice."""
+    """An object as pairs, so that a key may stand twice."""
 
 
 NUMBERS: tuple[Any, ...] = (
@@ -181,7 +181,7 @@ OTHERS: tuple[Any, ...] = (
 
 
 def write_json(value: Any) -> bytes:
-    """Return a value as JSON, as `json.dumps` does, but write `Raw` verbatim, and `Pairs` as an object."""
+    """As `json.dumps`, and `Raw` and `Pairs` as they are."""
     return "".join(_written(value)).encode("utf-8", "surrogatepass")
 
 
@@ -204,11 +204,11 @@ def _written(value: Any) -> Iterator[str]:
         yield json.dumps(value)
 
 
-_Place = tuple[Any, Any]  # a list with an index, or an object with a key
+_Place = tuple[Any, Any]  # a list or an object, and an index or a key in it
 
 
 def places(tree: Any) -> list[_Place]:
-    """Return the place of every value in a tree."""
+    """Every place in a tree that holds a value."""
     found, left = [], [tree]
     while left:
         node = left.pop()
@@ -222,7 +222,7 @@ def places(tree: Any) -> list[_Place]:
 
 
 def mutate_json(tree: Any, random: Random) -> Any:
-    """Return a copy with one to four changes. Rare keys are changed about as often as common ones."""
+    """A changed copy: one to four changes, at places drawn so that rare kinds of place are as likely as common ones."""
     tree = {"root": copy.deepcopy(tree)}
     for _ in range(random.choice((1, 1, 1, 2, 3, 4))):
         where = [p for p in places(tree) if p[0] is not tree or random.random() < 0.05]
@@ -232,15 +232,14 @@ def mutate_json(tree: Any, random: Random) -> Any:
 
 
 def _drawn(where: list[_Place], random: Random) -> _Place:
-    # Choose a key first, and then one of its places. Otherwise nearly all changes would be in the arguments of
-    # programs.
+    # Of the lists of a manifest, the arguments of programs would take nearly every draw.
     key = random.choice(sorted({str(key) for _, key in where if not isinstance(key, int)} or {""}))
     named = [p for p in where if p[1] == key]
     return random.choice(named if named and random.random() < 0.6 else where)
 
 
 def odd_value(old: Any, random: Random) -> Any:
-    """Return an unusual replacement for a value, mostly of the same type."""
+    """A value that is odd where `old` stood; mostly of its type."""
     if random.random() < 0.2:
         return random.choice((*NUMBERS, *TEXTS, *NAMES, *OTHERS))
     if isinstance(old, bool) or old is None or isinstance(old, list | dict):
@@ -263,7 +262,7 @@ def _delete(_: Any, place: _Place, __: Any, random: Random) -> None:
 
 
 def _double(tree: Any, place: _Place, where: list[_Place], random: Random) -> None:
-    """Duplicate an element of a list, or a key of an object."""
+    """An element, or a key, twice."""
     node, key = place
     if isinstance(node, list):
         many = 2 if isinstance(node[key], list | dict | Raw) else 500
@@ -282,7 +281,7 @@ def _swap(_: Any, place: _Place, where: list[_Place], random: Random) -> None:
 
 
 def _take(_: Any, place: _Place, where: list[_Place], random: Random) -> None:
-    """Copy the value of another place, which has the same key if possible."""
+    """The value of another place with the same key, or of any."""
     node, key = place
     alike = [p for p in where if p[1] == key and p[0] is not node] or where
     other, its = random.choice(alike)
@@ -306,13 +305,13 @@ def _add(_: Any, place: _Place, __: Any, random: Random) -> None:
 
 
 def _everywhere(_: Any, place: _Place, where: list[_Place], random: Random) -> None:
-    """Replace all occurrences of a value with the same new value, which passes checks of consistency."""
+    """The same value, wherever it stands, becomes the same other one: this gets past checks of consistency."""
     old = place[0][place[1]]
     if isinstance(old, bool | dict | list) or old is None:
         return _replace(_, place, where, random)
     new = odd_value(old, random) if not isinstance(old, Raw) else 1
     same = [(node, key) for node, key in where if type(node[key]) is type(old) and node[key] == old]
-    # Insert a long text only three times, because hundreds of copies would be very large.
+    # Not a megabyte, hundreds of times.
     for node, key in same if isinstance(new, int | float) or len(str(new)) < 1000 else same[:3]:
         node[key] = new
     return None

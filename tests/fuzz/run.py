@@ -1,13 +1,12 @@
-"""Load mutated artifacts: none may crash or hang the process, reach outside its folder, or fill its memory.
+"""Mutated artifacts, by the thousand: none may end the process, hang it, lead it outside its folder or fill its memory.
 
     python tests/fuzz/run.py --cases 20000 --seed 1
-    python tests/fuzz/run.py --only executable --first 17 --cases 1        # repeats one case
+    python tests/fuzz/run.py --only executable --first 17 --cases 1        one case again
 
-A case depends only on its kind, its number and the artifact (`kinds.py`). Two processes run cases at the same time. If
-a process dies or hangs, a new process replaces it. Each finding is repeated in a new process, and its changed files are
-kept. A mutated program (StableHLO or executable) is first loaded as a trusted one. Its native code may crash the
-process. If it does, the program is loaded again as an untrusted one, and the loader's trial in a child process must
-turn the crash into an error message.
+Every case is a kind and a number, and is made from these alone (`kinds.py`). Two processes work at a time; one that
+dies or hangs is replaced. A finding is tried again in a fresh process, and the artifact is kept. A mutated program
+(StableHLO, executable) is first loaded as if it were trusted; where that ends the process, which native code may do, it
+is loaded as any stranger's is, and the loader's trial in a child process must make a sentence of it.
 """
 
 import argparse
@@ -38,7 +37,7 @@ START_S = 120
 
 
 class Worker:
-    """A process of `worker.py`, which is started again after it has ended."""
+    """One `worker.py`, started again where it ended."""
 
     def __init__(self, base: Path, folder: Path) -> None:
         self._base, self._folder = base, folder
@@ -62,7 +61,7 @@ class Worker:
         return (self._folder / "log").read_text(errors="replace")[-1500:]
 
     def ask(self, kind: str, seed: int, *, trusted: bool) -> dict[str, Any]:
-        """Run a case; return the worker's answer, or the way in which its process ended."""
+        """What came of a case: its answer, or how the process ended."""
         process = self._process or self._start()
         assert process.stdin is not None
         process.stdin.write(json.dumps({"kind": kind, "seed": seed, "trusted": trusted}).encode() + b"\n")
@@ -112,7 +111,7 @@ class Worker:
 
 @dataclass
 class Tally:
-    """The results of the cases of one kind."""
+    """What came of the cases of one kind."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     slowest: float = 0.0
@@ -120,12 +119,12 @@ class Tally:
 
 
 def one(worker: Worker, kind: str, seed: int) -> tuple[dict[str, Any], str]:
-    """Run a case, and repeat it in a new process if it has findings; return the result and the outcome."""
+    """Runs a case; what was found stands only if a fresh process finds it as well."""
     native = kinds.KINDS[kind].native
     result = worker.ask(kind, seed, trusted=True)
     outcome = str(result["outcome"])
     if native and outcome != "refused":
-        worker.stop()  # invalid native code may have damaged the process's memory
+        worker.stop()  # wrong native code may have written anywhere
     if native and (outcome in ("crash", "hang") or result["found"]):
         again = worker.ask(kind, seed, trusted=False)
         worker.stop()
@@ -137,27 +136,19 @@ def one(worker: Worker, kind: str, seed: int) -> tuple[dict[str, Any], str]:
         if not again["found"] and outcome == "hang":
             return again, "slow once"
         if not again["found"]:
-            result["found"] = [
-                f"only in a process that has run other cases before: {f}" for f in result["found"]
-            ]
+            result["found"] = [f"only in a process that met other cases before: {f}" for f in result["found"]]
     return result, outcome
 
 
 def plan(cases: int, first: int, only: str | None, *, missing: Mapping[str, str]) -> list[tuple[str, int]]:
-    """Return the kind and the number of each case. The kinds are mixed, so that a short run includes all of them.
-
-    Args:
-        cases: number of cases.
-        first: number of the first case of each kind.
-        only: kinds, separated by commas; None for all kinds.
-        missing: remedies for the kinds that the artifact does not allow.
+    """Kinds and numbers, mixed, so that a short run meets all of them.
 
     Raises:
-        SystemExit: a kind in `only` is unknown, or is in `missing`.
+        SystemExit: a kind is unknown, or it is in `missing`, which holds the remedies.
     """
     chosen = only.split(",") if only else [name for name in kinds.KINDS if name not in missing]
     if unknown := [name for name in chosen if name not in kinds.KINDS]:
-        raise SystemExit(f"--only: there is no kind {unknown[0]!r}; choose from {', '.join(kinds.KINDS)}.")
+        raise SystemExit(f"--only: there is no kind {unknown[0]!r}; choose of {', '.join(kinds.KINDS)}.")
     if impossible := [name for name in chosen if name in missing]:
         raise SystemExit(f"--only {impossible[0]} {missing[impossible[0]]}.")
     shares = {name: kinds.KINDS[name].share for name in chosen}
@@ -172,7 +163,7 @@ def plan(cases: int, first: int, only: str | None, *, missing: Mapping[str, str]
 def fuzz(
     base: Path, folder: Path, planned: list[tuple[str, int]], processes: int, findings: Path
 ) -> dict[str, Tally]:
-    """Run the cases in several workers; return the results by kind."""
+    """Runs the cases on several workers."""
     tallies = {name: Tally() for name, _ in planned}
     cases, whole, done = iter(planned), kinds.Base.read(base), 0
 
@@ -211,13 +202,13 @@ def _count(tallies: dict[str, Tally]) -> int:
 
 
 def _shared(cases: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    # Each thread has its own generator over the same list iterator, on which several threads may call `next`.
+    # A list's iterator may be drawn from by several threads.
     while (case := next(cases, None)) is not None:
         yield case
 
 
 def _keep(base: kinds.Base, findings: Path, finding: dict[str, Any]) -> None:
-    """Write the changed files of a finding's case, and the finding."""
+    """Writes what was changed, and what came of it."""
     place = findings / f"{finding['kind']}-{finding['seed']}"
     place.mkdir(parents=True, exist_ok=True)
     case = kinds.make(base, finding["kind"], finding["seed"])
@@ -228,7 +219,7 @@ def _keep(base: kinds.Base, findings: Path, finding: dict[str, Any]) -> None:
 
 
 def make_base(folder: Path) -> Path:
-    """Export the tiny model of the golden artifacts, and sign the artifact."""
+    """Exports the tiny model of the golden artifacts, and signs it."""
     subprocess.run(
         [
             sys.executable,
@@ -245,7 +236,7 @@ def make_base(folder: Path) -> Path:
 
 
 def sign_base(folder: Path) -> None:
-    """Sign an artifact with a new key, and store the key beside the artifact."""
+    """Signs an artifact with a new key, which lies beside it from then on."""
     key, public = ec.generate_private_key(ec.SECP256R1()), kinds.key_of(folder)
     private = public.with_name("private.pem")
     public.parent.mkdir()
@@ -272,8 +263,8 @@ def table(tallies: dict[str, Tally]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=1, help="number of a series of cases")
-    parser.add_argument("--only", metavar="KIND,…", help=f"kinds, of {', '.join(kinds.KINDS)}")
+    parser.add_argument("--seed", type=int, default=1, help="which series of numbers")
+    parser.add_argument("--only", metavar="KIND,…", help=f"of {', '.join(kinds.KINDS)}")
     parser.add_argument("--first", type=int, help="number of the first case; overrides --seed")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
@@ -281,12 +272,12 @@ def main() -> None:
     )
     parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"))
     options = parser.parse_args()
-    # The numbers of different series do not overlap.
+    # Numbers of different series do not meet.
     first = options.seed * 1_000_000 if options.first is None else options.first
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="precast-fuzz-"))
     try:
-        # Resolve the path first, because the key is in the parent folder, and "." has no parent.
+        # Resolved first: the key is looked for beside the folder, which "." does not name.
         base = (options.artifact or make_base(folder / "base" / "artifact")).resolve()
         missing = kinds.missing(kinds.Base.read(base))
         planned = plan(options.cases, first, options.only, missing=missing)

@@ -1,4 +1,4 @@
-"""Random Jinja programs from a small grammar, for attacks through an untrusted chat template."""
+"""Random Jinja programs from a small grammar, as attacks by an untrusted chat template."""
 
 # ruff: noqa: E501 - word lists and templates are easier to read on one line
 from random import Random
@@ -37,7 +37,7 @@ _LOOPS = (
 
 
 def program(random: Random) -> str:
-    """Return a random template. Most templates compile; some loop, allocate memory, or follow chains of attributes."""
+    """Return a random template. Most compile; some loop, grow, or follow chains of attributes."""
     if random.random() < 0.02:
         return random.choice(("(", "{{", "{%")) * random.choice((10, 500, 100_000))
     made = "".join(_statement(random, 3) for _ in range(random.randrange(1, 5)))

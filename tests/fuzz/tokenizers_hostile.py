@@ -1,4 +1,4 @@
-"""Hostile tokenizers: an unexpected model or decoder, a pattern that backtracks forever, or an absurd vocabulary."""
+"""Hostile tokenizers: another model, another decoder, a catastrophic pattern, or an absurd vocabulary."""
 
 import copy
 from random import Random

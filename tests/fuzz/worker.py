@@ -1,8 +1,8 @@
-"""Load and use mutated artifacts. An audit hook watches this process from inside, and `run.py` from outside.
+"""A process that meets mutated artifacts, watched from inside (an audit hook) and from outside (`run.py`).
 
     python worker.py BASE FOLDER
 
-The process reads lines of JSON (`kind`, `seed`, `trusted`) from standard input, and answers each line with a line.
+It reads lines of JSON (`kind`, `seed`, `trusted`) from standard input and answers each with a line.
 """
 
 import base64
@@ -34,16 +34,15 @@ from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.generation.stored_prefixes import open_prefix
 from precast.loaders.load import load
 
-# The memory in bytes that a case may use in addition to that of a process that has loaded and run the artifact.
+# What a case may take beyond a process that has loaded and run the artifact.
 MEMORY = 2 << 30
 LONGEST_MESSAGE = 4100
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 
-# The paths that each audit event changes. A path is described by the index of the argument with its name, the index of
-# the argument with the descriptor of the folder to which the name is relative, and True if the call follows a symlink.
-# The target of a new symlink does not matter until something follows the symlink. A new hard link is another name by
-# which the file itself may be changed, so the path of that file counts too.
+# By event, the places that it changes: which argument names one, which the folder (a descriptor) that the name is
+# relative to, and whether a link there is followed. Where a symbolic link leads is no matter until somebody follows it;
+# a hard link is another name by which the file itself may be changed, so that file counts.
 CHANGES: Mapping[str, tuple[tuple[int, int | None, bool], ...]] = {
     "os.remove": ((0, 1, False),),
     "os.rmdir": ((0, 1, False),),
@@ -59,7 +58,7 @@ CHANGES: Mapping[str, tuple[tuple[int, int | None, bool], ...]] = {
 
 
 class Guard:
-    """Record the files, processes and connections that a case opens, starts or changes although it must not."""
+    """Notes what a case opens, starts or changes where it has no business."""
 
     def __init__(self, allowed: tuple[Path, ...], written: tuple[Path, ...]) -> None:
         self._read = tuple(f"{os.path.realpath(p)}{os.sep}" for p in (*allowed, *written))
@@ -71,7 +70,7 @@ class Guard:
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.active or getattr(self._thread, "looks", False):
             return
-        self._thread.looks = True  # ignore events that the check itself causes in this thread
+        self._thread.looks = True  # what this thread does to look at an event is none
         try:
             if event == "open":
                 self._opened(*args)
@@ -87,7 +86,7 @@ class Guard:
             self._thread.looks = False
 
     def _open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
-        """Call `os.open`, and remember `dir_fd`, which the audit event does not contain."""
+        """`os.open`, of which the event does not say what folder the name is relative to."""
         self._thread.folder = dir_fd
         try:
             return self._os_open(path, flags, mode, dir_fd=dir_fd)
@@ -102,11 +101,11 @@ class Guard:
 
     def _check(self, event: str, path: Any, allowed: tuple[str, ...], *, at: int, follow: bool) -> None:
         if isinstance(path, int):
-            return  # a descriptor: its path was checked when it was opened
+            return  # it was looked at when it was opened
         try:
             real = where(os.fsdecode(path), at, follow=follow)
         except (OSError, ValueError):
-            return  # no such descriptor or an invalid name, so the call will fail
+            return  # no such descriptor, or no such name: nothing comes of it
         if not f"{real}{os.sep}".startswith(allowed) and real not in ("/dev/null", "/dev/urandom"):
             self.found.append(f"{event} {real!r:.300}")
 
@@ -121,15 +120,10 @@ class Guard:
 
 
 def where(path: str, at: int, *, follow: bool) -> str:
-    """Return the real path of a name.
-
-    Args:
-        path: the name.
-        at: descriptor of the folder to which the name is relative; -1 for the current folder.
-        follow: True if a symlink at the end of the path is followed.
+    """Where a name leads that is relative to an open folder, or with -1 to the current one.
 
     Raises:
-        OSError: there is no such descriptor.
+        OSError: when there is no such descriptor.
     """
     if at >= 0:
         path = os.path.join(os.readlink(f"/proc/self/fd/{at}"), path)
@@ -140,7 +134,7 @@ def where(path: str, at: int, *, follow: bool) -> str:
 
 
 class Place:
-    """The folder in which mutated artifacts are made; beside it is a folder that they must not read."""
+    """The folder in which artifacts are made, next to one that must not be read."""
 
     def __init__(self, base: kinds.Base, folder: Path) -> None:
         self.base, self.root = base, folder / "artifact"
@@ -156,13 +150,13 @@ class Place:
             piece.write_bytes(data)
 
     def offer(self, index: bytes) -> None:
-        """Write an index into the store."""
+        """Puts an index into the store."""
         (self.store / "tiny.json").write_bytes(index)
 
     def apply(self, changes: dict[str, kinds.Change]) -> None:
         for name, change in changes.items():
             path = self.root / name
-            # An earlier change may have replaced a parent folder with a link or a pipe; skip the change then.
+            # Below something that is a link or a pipe by now, nothing can be placed.
             with suppress(OSError):
                 self._remove(path)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,14 +196,14 @@ class Place:
 
 
 class Problems:
-    """The faults that a case has revealed, and the number of refusals."""
+    """What went wrong in a case."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
         self.refused = 0
 
     def attempt(self, step: str, function: Callable[[], Any]) -> Any:
-        """Return a function's result, or None after an exception. Exceptions other than refusals are faults."""
+        """Its result; None where it refuses in a proper sentence, or where that is a finding."""
         try:
             return function()
         except PrecastError as error:
@@ -234,11 +228,11 @@ class Problems:
 
 
 def exercise(root: Path, case: kinds.Case, problems: Problems, *, trusted: bool) -> str:
-    """Load an artifact and use all of its parts; return "loaded" or "refused"."""
+    """Loads an artifact and uses all of it; "loaded" or "refused"."""
     attempt = problems.attempt
     text = attempt("inspect", lambda: inspect.render(root, as_json=False))
     if text is not None and any(not c.isprintable() and c != "\n" for c in text):
-        problems.found.append(f"inspect: control characters in the output: {text[:300]!r}")
+        problems.found.append(f"inspect: control characters in what it shows: {text[:300]!r}")
     attempt("inspect", lambda: json.loads(inspect.render(root, as_json=True).encode()))
     _golden(root, attempt)
     model = attempt(
@@ -275,21 +269,21 @@ def _after(model: Model, root: Path, prefix: Prefix, params: SamplingParams) -> 
 
 
 def check_signature(place: Place, key: Path, problems: Problems) -> str:
-    """Check the signature with the key of the intact artifact; return "accepted" or "refused"."""
+    """Asks for the signature of whoever made the whole artifact; "accepted" or "refused"."""
     manifest = (place.root / kinds.MANIFEST).read_bytes()
     problems.attempt("signature", lambda: signing.check_signature(place.root, manifest, key))
     if problems.found or problems.refused:
         return "refused"
     if manifest != place.base.files[kinds.MANIFEST]:
-        problems.found.append("signature: it was accepted for a manifest other than the signed one")
+        problems.found.append("signature: it was accepted for another manifest")
     signature = (place.root / kinds.SIGNATURE).read_bytes()
     if signed_bytes(signature) != signed_bytes(place.base.files[kinds.SIGNATURE]):
-        problems.found.append("signature: it was accepted with a statement other than the signed one")
+        problems.found.append("signature: it was accepted over another statement than was signed")
     return "accepted"
 
 
 def signed_bytes(signature: bytes) -> bytes | None:
-    """Return the bytes of the signed statement in a signature file; None if the file contains no statement."""
+    """What a signature is over: the statement in it, however it is written there; None where there is none."""
     try:
         return base64.b64decode(json.loads(signature)["dsseEnvelope"]["payload"])
     except (KeyError, TypeError, ValueError):
@@ -297,7 +291,7 @@ def signed_bytes(signature: bytes) -> bytes | None:
 
 
 def pull(place: Place, problems: Problems) -> str:
-    """Pull the artifact with the store's present index; return "loaded" or "refused"."""
+    """Pulls the artifact by the index that is there; "loaded" or "refused"."""
     from precast.loaders.store.pull import pull as pull_from
 
     folder, silent = place.pulled / "tiny", lambda *_: None
@@ -308,11 +302,11 @@ def pull(place: Place, problems: Problems) -> str:
     )
     if moved is None:
         if folder.exists():
-            problems.found.append("pull: it was refused, but left a folder")
+            problems.found.append("pull: it was refused, and left a folder")
         return "refused"
-    problems.attempt("load the pulled artifact", lambda: load(folder, rehash=True, trusted=True, log=silent))
+    problems.attempt("load what was pulled", lambda: load(folder, rehash=True, trusted=True, log=silent))
     if problems.refused:
-        problems.found.append("pull: the pulled artifact is not complete")
+        problems.found.append("pull: what was pulled is not whole")
     return "loaded"
 
 
@@ -337,14 +331,14 @@ def _stream(tokenizer: Any) -> None:
 
 
 def warm_up(root: Path, base: kinds.Base) -> None:
-    """Use the intact artifact once, so that one-time imports and allocations happen before the watch begins."""
+    """Whatever is imported or allocated once is there before anything is watched."""
     problems = Problems()
     exercise(root, kinds.Case(changes={}, texts=kinds.TEXTS), problems, trusted=True)
     names = [t["name"] for t in base.manifest["targets"] if any(p["stablehlo"] for p in t["programs"])]
     case = kinds.Case(changes={}, allow_compile=True, target=names[-1])
     exercise(root, case, problems, trusted=True)
     if problems.found:
-        raise SystemExit(f"the intact artifact fails: {problems.found}")
+        raise SystemExit(f"the whole artifact fails: {problems.found}")
 
 
 def limit_memory() -> None:
@@ -355,7 +349,7 @@ def limit_memory() -> None:
 
 def main() -> None:
     base, folder = kinds.Base.read(Path(sys.argv[1])), Path(sys.argv[2]).resolve()
-    # Redirect all other output to standard error.
+    # What is printed by anything else goes to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ |= {"PRECAST_CACHE": str(folder / "cache"), "RUST_BACKTRACE": "0"}
@@ -379,7 +373,7 @@ def main() -> None:
     written = (cache_folder.cache_folder(), Path(tempfile.tempdir), place.pulled)
     whole_index = json.dumps(base.index).encode()
     place.offer(whole_index)
-    pull(place, Problems())  # import the modules that a pull needs
+    pull(place, Problems())  # imports what pulling takes
     shutil.rmtree(place.pulled)
     key = kinds.key_of(base.root)
     if key.exists():

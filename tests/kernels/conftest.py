@@ -1,4 +1,4 @@
-"""The kernels as functions of NumPy arrays, on each instruction set that this CPU supports."""
+"""The kernels as plain functions of NumPy arrays, on each instruction set this CPU has."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,9 +24,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def jax() -> ModuleType:
-    """Register precast's kernels; return jax."""
+    """jax, with precast's kernels registered."""
     jax = pytest.importorskip("jax")
-    # Import jaxlib here, so that the tests of this folder are skipped if it is missing.
+    # Imported late, so that the tests of this folder skip without jaxlib.
     from precast.loaders.runtime import pjrt
 
     pjrt.register_kernels()
@@ -35,10 +35,10 @@ def jax() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def refusal(jax: ModuleType) -> Callable[[Callable[[], object]], str]:
-    """Return a function that makes a call, which must be refused, and returns the text of the error."""
+    """Return the error text of a refused call."""
 
     def refused(call: Callable[[], object]) -> str:
-        # The exception's type depends on whether jax has compiled this call before.
+        # The type depends on whether jax has compiled this call before.
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="INVALID_ARGUMENT") as error:
             jax.block_until_ready(call())
         return str(error.value)
@@ -48,11 +48,9 @@ def refusal(jax: ModuleType) -> Callable[[Callable[[], object]], str]:
 
 @pytest.fixture(scope="session")
 def linear(jax: ModuleType) -> Callable[..., list[np.ndarray]]:
-    """Return a function that calls precast.linear.
+    """``(x [M, in], layer, weights each a list of stacks, outs, …) -> results each [M, out]``.
 
-    Its arguments are x ``[M, in]``, the layer, a list of arrays for each weight, and the number of outputs of each
-    weight. It returns a list of results ``[M, out]``. The keyword arguments are the kernel's optional operands and
-    attributes.
+    Keyword arguments: used, norm and eps, biases, residual, gate.
     """
 
     @partial(jax.jit, static_argnames=("outs", "eps", "norm", "residual", "bias", "gate"))
@@ -96,7 +94,7 @@ def linear(jax: ModuleType) -> Callable[..., list[np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def embed(jax: ModuleType) -> Callable[..., np.ndarray]:
-    """Return a function that calls precast.embed: ``(tokens [M], arrays of the weight, V, D) -> [M, D]``."""
+    """``(tokens [M], arrays of the weights, V, D) -> [M, D]``."""
 
     def run(tokens: np.ndarray, arrays: Sequence[np.ndarray], vocab: int, width: int) -> np.ndarray:
         result = jax.ShapeDtypeStruct((len(tokens), width), np.float32)
@@ -109,7 +107,7 @@ def embed(jax: ModuleType) -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def argmax(jax: ModuleType) -> Callable[..., np.ndarray]:
-    """Return a function that calls precast.argmax: x ``[R, V]`` to ``[R]``. Only version 2 takes `used`."""
+    """``(x [R, V], used: rows to compare, by default all) -> [R]``; version 1 has no `used` and compares all."""
 
     def run(x: np.ndarray, used: int | None = None, version: int = 2) -> np.ndarray:
         result = jax.ShapeDtypeStruct(x.shape[:1], np.int32)
@@ -122,11 +120,10 @@ def argmax(jax: ModuleType) -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def attention(jax: ModuleType) -> Callable[..., tuple[np.ndarray, list[np.ndarray]]]:
-    """Return a function that calls precast.attention.
+    """``(q, k, v, cos, sin, caches, layer, slots, starts, lengths, scale=, ...) -> (out, caches)``.
 
-    It is ``(q, k, v, cos, sin, caches, layer, slots, starts, lengths, scale=, ...) -> (out, caches)``. `caches` are the
-    keys, the values and, for int8, the scales of both; the call copies these arrays. `aliases` maps each operand to the
-    result that reuses its memory. By default, each cache result reuses the memory of its argument.
+    `caches` are keys and values, for int8 followed by the scales of each; the call copies them. `aliases` maps operands
+    to the results that reuse their memory; by default each cache result reuses its argument.
     """
 
     @partial(jax.jit, static_argnames=("aliases", "attributes"))
@@ -157,7 +154,7 @@ def attention(jax: ModuleType) -> Callable[..., tuple[np.ndarray, list[np.ndarra
 
 @pytest.fixture(scope="session")
 def layers(jax: ModuleType) -> Callable[..., Any]:
-    """Return a function that calls precast.layers with valid arguments, some of which the caller replaces."""
+    """Make a valid call of precast.layers, two sequences of four tokens, with some arguments replaced."""
 
     def run(**changed: Any) -> Any:
         good: dict[str, Any] = {

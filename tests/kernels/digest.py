@@ -1,6 +1,6 @@
-"""Print a digest of the kernels' results on a given number of CPUs: `python digest.py 1`.
+"""Print a digest of the kernels' answers on a number of CPUs: `python digest.py 1`.
 
-This is a separate program, because XLA counts the usable CPUs only once, when it is loaded.
+A separate program, because XLA counts the usable CPUs once, when it is loaded.
 """
 
 import hashlib
@@ -59,10 +59,10 @@ def weights(rng: np.random.Generator, name: str, layers: int, outs: int, size: i
 
 
 def layers(rng: np.random.Generator, name: str) -> list[np.ndarray]:
-    """Return the results of a chunk and of a step through three layers of width 200.
+    """Return the answers of a chunk and a step through three layers of width 200.
 
-    Two heads of 60 dimensions share one key/value head. The second layer has a window of a hundred positions. Each
-    layer ends with a norm and a mixture of experts, in which each row uses two of six experts.
+    Two heads of 60 share one key/value head. The second layer sees a hundred positions. Each layer ends with a norm and
+    a mixture of two of six experts.
     """
     found = []
     caches = [
@@ -95,7 +95,7 @@ def layers(rng: np.random.Generator, name: str) -> list[np.ndarray]:
 def linear(rng: np.random.Generator, name: str) -> list[np.ndarray]:
     found: list[np.ndarray] = []
     first, second = weights(rng, name, 2, 513, 801), weights(rng, name, 2, 513, 801)
-    # Some products are subnormal, and every thread must treat them in the same way.
+    # Some products are subnormal: every thread must treat them the same.
     for rows, tiny in ((1, 1.0), (3, 1.0), (7, 1.0), (33, 1.0), (90, 1.0), (5, 1e-38)):
         x = normal(rng, rows, 801) * np.float32(tiny)
         given, y = (x, np.int32(1), np.int32(rows), normal(rng, 2, 801)), np.zeros((rows, 513), np.float32)
@@ -106,7 +106,7 @@ def linear(rng: np.random.Generator, name: str) -> list[np.ndarray]:
 
 
 def attention(rng: np.random.Generator, kind: Any) -> list[np.ndarray]:
-    """Return the results of a decode step over several spans, of prompts with several blocks, and of a small call."""
+    """Return the answers of a decode over several spans, prompts of several blocks, and a call too small to split."""
     found: list[np.ndarray] = []
     for starts, lengths in (((600, 257), (1, 1)), ((40, 0), (200, 117)), ((9, 3), (1, 1))):
         T = max(lengths)
@@ -126,7 +126,7 @@ def attention(rng: np.random.Generator, kind: Any) -> list[np.ndarray]:
 
 
 def answers() -> list[np.ndarray]:
-    """Return the results of calls that are each split into several tasks, and the instruction set in use."""
+    """Return the results of calls large enough for several tasks each, with the instruction set in use."""
     from precast.exporter.quantize import FORMATS
 
     rng = np.random.default_rng(0)

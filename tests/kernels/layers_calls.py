@@ -1,4 +1,4 @@
-"""The arguments of a valid call of precast.layers: two layers, and two sequences of four tokens."""
+"""A valid call of precast.layers: two layers, two sequences of four tokens."""
 
 import numpy as np
 

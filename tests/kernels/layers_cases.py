@@ -1,11 +1,11 @@
-"""Decoders for the tests of precast.layers, each with a series of calls."""
+"""Decoders for the tests of precast.layers, and the calls made to each."""
 
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
-# The slot, start and length of a sequence in a call.
+# Slot, start and length of a sequence of a call.
 Place = tuple[int, int, int]
 CACHES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 
@@ -16,14 +16,13 @@ class Case:
 
     Attributes:
         windows: window of each layer.
-        slots: number of slots in the caches.
-        sizes: number of positions in the cache for each window, in ascending order of the windows.
+        slots: slots of the caches.
+        sizes: positions of the cache of each window, in ascending order of the windows.
         heads: (N, K, H).
-        calls: for each call, the number of tokens T and the places of the sequences.
-        ropes: index of each layer's rotary table.
-        norms: "before" for RMSNorms before attention and MLP, "around" for RMSNorms before and after them, "layer" for
-            LayerNorms before them.
-        experts: number of experts in a layer, number of experts for each row, and True if the shares are renormalised.
+        calls: tokens T and the places of the sequences, for each call.
+        ropes: rotary table of each layer.
+        norms: RMSNorms "before" the products and the attention or "around" them, or LayerNorms before them ("layer").
+        experts: experts of a layer, experts of a row, and whether the shares are renormalised.
         attends: False for layers without attention.
     """
 
@@ -55,12 +54,12 @@ class Case:
 
     @property
     def layers_of(self) -> list[list[int]]:
-        """Return the indices of the layers with each window, in ascending order of the windows."""
+        """The layers of each group."""
         return [[i for i, w in enumerate(self.windows) if w == window] for window in self.groups]
 
     @property
     def only_kernels(self) -> bool:
-        """Return True if there is a separate kernel for every step."""
+        """True if every step has a kernel of its own."""
         return self.norms == "before" and not self.heads_normed and self.mlp != "experts"
 
 
@@ -70,7 +69,7 @@ def steps(slot: int, first: int, last: int) -> tuple[tuple[int, tuple[Place, ...
 
 
 CASES = {
-    # One sequence. The products skip the padding after its end.
+    # One sequence; the products skip the padding beyond its length.
     "one": Case(
         windows=(0, 0),
         slots=1,
@@ -91,7 +90,7 @@ CASES = {
         gate="gelu_tanh",
         biased=True,
     ),
-    # Several sequences of different lengths, of which one is empty. They are not in the order of their slots.
+    # Several sequences of different lengths, out of the order of their slots, one empty.
     "ragged": Case(
         windows=(0,),
         slots=4,
@@ -152,7 +151,7 @@ CASES = {
             (1, ((1, 7, 1), (2, 16, 1), (0, 18, 1))),
         ),
     ),
-    # Blocks of tokens, tiles and spans that cross the end of the ring.
+    # Blocks of tokens, tiles and spans across the ring's end.
     "long ring": Case(
         windows=(100,),
         slots=1,
@@ -168,7 +167,7 @@ CASES = {
             (70, ((0, 340, 3),)),
         ),
     ),
-    # So many query heads share a key head that a step counts as many rows. The cache never fills the window.
+    # Enough query heads of a key head that a step counts as many rows; a window that the cache never fills.
     "wide group": Case(
         windows=(150, 400),
         slots=1,
@@ -265,7 +264,7 @@ CASES = {
         gate="gelu_tanh",
         soft_cap=3.0,
     ),
-    # One layer, so that the router's scores have no error from an earlier layer.
+    # Scores without the error of an earlier layer.
     "experts alone": Case(
         windows=(0,),
         slots=1,

@@ -1,4 +1,4 @@
-"""A decoder layer for `LayerStack`, with random weights, for the tests of precast.layers."""
+"""The layer of a test's decoder as `LayerStack` takes it, with its weights."""
 
 from functools import cache as memoised
 from itertools import cycle, islice
@@ -16,7 +16,7 @@ MIXED = "mixed"
 
 
 def matrices(case: Case) -> dict[str, tuple[int, int]]:
-    """Return the numbers of outputs and inputs of each matrix of a layer."""
+    """Return the outputs and inputs of each weight of a layer."""
     (n, k, h), d = case.heads, case.width
     shapes = {"q": (n * h, d), "k": (k * h, d), "v": (k * h, d), "o": (d, n * h)}
     shapes |= {"gate": (case.ff, d), "up": (case.ff, d), "down": (d, case.ff)}
@@ -31,7 +31,7 @@ def norms(case: Case) -> dict[str, int]:
 
 
 def stored(stack: np.ndarray, name: str) -> Any:
-    """Encode a stack ``[L, out, in]`` for the operations; in `MIXED`, each matrix has another block format."""
+    """Return a stack ``[L, out, in]`` as the operations take it; `MIXED`: each matrix in another block format."""
     from precast.exporter.models.ops import MixedWeight, PackedWeight
 
     if name == MIXED:
@@ -47,7 +47,7 @@ def stored(stack: np.ndarray, name: str) -> Any:
 
 @memoised
 def weights_of(case: Case, name: str) -> dict[str, Any]:
-    """Return random norms, biases and encoded weights; the router's weights are float32."""
+    """Return norms, biases and stored weights; the router's weights are float32."""
     rng, found = np.random.default_rng(case.width), {}
     for key, (out, size) in matrices(case).items():
         each = case.experts[0] if key in ("gate", "up", "down") else 1
@@ -63,7 +63,7 @@ def weights_of(case: Case, name: str) -> dict[str, Any]:
 
 
 class Layer:
-    """A decoder layer, in the form that `LayerStack` calls."""
+    """A decoder's layer as `LayerStack` takes it."""
 
     def __init__(self, case: Case, weights: dict[str, Any]) -> None:
         self.case, self.weights = case, weights
@@ -86,7 +86,7 @@ class Layer:
         return NormCall(weight=weight, eps=1e-5, width=width, bias=added, residual=residual)
 
     def before(self, x: Any, key: str, calls: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the input of the next product, and the keyword arguments for the norm that the product includes."""
+        """x as the next product takes it, and the norm it does itself."""
         if self.case.norms == "layer":
             return calls.normalize(x, self.norm(key, bias=True)), {}
         return x, {"norm": self.weights[key], "eps": 1e-6}

@@ -1,4 +1,4 @@
-"""Encode stacks of weights as operands of the kernels, in every format."""
+"""Stacks of weights as the kernels' operands, in every format."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from precast.exporter.block_formats import BLOCK_FORMATS, GROUP, SUPER, UNIT, Bl
 from precast.exporter.quantize import FORMATS
 
 NAMES = (*FORMATS, *BLOCK_FORMATS)
-# The formats for which activations are quantised to 16 bits, and those for which they are quantised to 8 bits.
+# The formats whose activations are quantised to 16 bits, and to 8 bits.
 WIDE = ("int8", "q8_0")
 NARROW = ("int4", "int4-symmetric", *(name for name in BLOCK_FORMATS if name != "q8_0"))
 
 
 def pack(name: str, stack: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Encode a stack ``[L, out, in]``; return the kernels' operands, and the decoded values in float64.
+    """Return a stack ``[L, out, in]`` as the kernels' operands, and its decoded values in float64.
 
-    In block formats, the weights are random numbers with the magnitude of the stack's weights.
+    In block formats, the weights are random, and as large as those of the stack.
     """
     if name in BLOCK_FORMATS:
         return pack_mixed([name] * len(stack), stack)
@@ -26,7 +26,7 @@ def pack(name: str, stack: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def pack_mixed(names: Sequence[str], stack: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return operands and values of random mixed weights with the shape and magnitude of a stack ``[L, out, in]``."""
+    """Return the operands and the values of random mixed weights, as large as those of a stack ``[L, out, in]``."""
     _, outs, size = stack.shape
     rng = np.random.default_rng(outs + size)
     records = [
@@ -37,7 +37,7 @@ def pack_mixed(names: Sequence[str], stack: np.ndarray) -> tuple[list[np.ndarray
 
 
 def mixed(names: Sequence[str], records: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return the operands of matrices in block formats: units and table. The last matrix is stored first."""
+    """Return the operands of matrices in block formats: units of bytes, and the table. The last matrix comes first."""
     order = range(len(records))[::-1]
     starts, units = np.zeros(len(records), np.int32), 0
     for i in order:
@@ -48,7 +48,7 @@ def mixed(names: Sequence[str], records: Sequence[np.ndarray]) -> list[np.ndarra
 
 
 def random_records(rng: np.random.Generator, kind: BlockFormat, matrix: np.ndarray) -> np.ndarray:
-    """Return the records of random weights with about the magnitude of a matrix's weights."""
+    """Return the records of random weights of about the magnitude of those in a matrix."""
     outs, size = matrix.shape
     most = float(np.abs(matrix).max(initial=0.0))
 
@@ -76,16 +76,16 @@ def random_records(rng: np.random.Generator, kind: BlockFormat, matrix: np.ndarr
     codes = rng.integers(-128, 128, (outs, size), np.int8)
     if kind.bits < 8:
         codes = codes.view(np.uint8) & (2**kind.bits - 1)
-        codes[:, :1] = 2**kind.bits - 1  # in a row of zeros, the allowed error would be zero
+        codes[:, :1] = 2**kind.bits - 1  # a row of zeros would allow a product no error
     return kind.pack(codes, *coefficients)
 
 
 def whole_numbers(
     name: str, rng: np.random.Generator, shape: tuple[int, int, int], *, layer: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return a stack of small whole numbers, which the format represents exactly, as operands and as float32.
+    """Return a stack of small whole numbers that the format holds exactly, as operands and as float32.
 
-    In all layers except `layer`, the scales are NaN, or the values if the format has no scales.
+    The scales, or the values of float formats, of layers other than `layer` are NaN.
     """
     values = rng.integers(-7, 9, shape).astype(np.float32)
     if name in BLOCK_FORMATS:
@@ -94,7 +94,7 @@ def whole_numbers(
         operands = pack(name, values)[0]
         operands[0][np.arange(shape[0]) != layer] = np.nan
         return operands, values
-    # All scales are 1, and the minima of int4 are -7. Symmetric weights are from -8 to 7.
+    # Scale 1 for every weight, for int4 the minimum -7, and symmetric weights from -8 to 7.
     least = 8 if name == "int4-symmetric" else 7
     values = values - (least - 7)
     stored = [np.zeros(a.shape, a.numpy_dtype) for a in FORMATS[name].arrays(shape)]

@@ -1,4 +1,4 @@
-"""precast.argmax against NumPy: of equal numbers the first is chosen, and NaN is larger than any number."""
+"""precast.argmax against NumPy: the first of equal numbers wins, and NaN wins over any number."""
 
 from collections.abc import Callable
 

@@ -1,7 +1,7 @@
 """precast.attention against a plain softmax attention in NumPy, float64.
 
-The tests first compare the caches, within the precision of their type. Then they compare the results with an attention
-over the stored rows, so that only float32 errors remain.
+The tests first compare the caches, within the precision of their type. They then compare the answers with an attention
+over the stored rows, which leaves only the errors of float32.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The sizes of a call. Sequence r has ``lengths[r]`` tokens at positions ``starts[r] …``, in slot ``slots[r]``.
+    """Sizes of a call; sequence r has ``lengths[r]`` tokens from ``starts[r]`` on, in slot ``slots[r]``.
 
-    With a window, the S places may be a ring buffer: position p is at place p mod S.
+    With a window the S places may be a ring: position p is at place p mod S.
     """
 
     starts: tuple[int, ...]
@@ -48,7 +48,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """The arguments of a call. In the caches, unfilled positions and positions before every window are NaN."""
+    """The arguments of a call; unfilled positions of the caches, and positions before every window, are NaN."""
 
     sizes: Sizes
     q: np.ndarray  # [R, T, N, H]
@@ -61,7 +61,7 @@ class Call:
 
 
 def filled(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return random rows of a cache and their scales; only int8 uses the scales."""
+    """Return rows of a cache and their scales, which matter only for int8."""
     if kind == "int8":
         return rng.integers(-127, 128, shape, np.int8), rng.uniform(0.004, 0.02, shape[:-1]).astype(
             np.float32
@@ -91,7 +91,7 @@ def make(sizes: Sizes) -> Call:
                 rows_of[seen], scales_of[seen] = filled(rng, d.kind, (d.K, start - first, d.H))
     for r, length in enumerate(d.lengths):
         for a in (q, k, v, cos, sin):
-            a[r, length:] = np.nan  # the kernels must not read padding
+            a[r, length:] = np.nan  # the kernels must not read padding either
     caches = rows + scales if d.kind == "int8" else rows
     return Call(sizes=d, q=q, k=k, v=v, cos=cos, sin=sin, caches=caches, scale=float(d.H) ** -0.5)
 
@@ -104,7 +104,7 @@ def run(attention: Attention, call: Call) -> tuple[np.ndarray, list[np.ndarray]]
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rotate ``x [R, T, heads, H]`` in float64; return the result, and for each number the magnitude of its terms."""
+    """Return ``x [R, T, heads, H]`` rotated in float64, and the magnitude of the terms of each sum."""
     x, c, s = x.astype(np.float64), cos[:, :, None].astype(np.float64), sin[:, :, None].astype(np.float64)
     P = cos.shape[-1]
     a, b, rest = x[..., :P], x[..., P : 2 * P], x[..., 2 * P :]
@@ -114,7 +114,7 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray,
 
 
 def stored(caches: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the keys and values of caches in float64."""
+    """Return keys and values in float64."""
     keys, values = (a.astype(np.float64) for a in caches[:2])
     if len(caches) == 2:
         return keys, values
@@ -126,7 +126,7 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
 
 
 def assert_stored(kind: str, x: np.ndarray, error: np.ndarray, row: np.ndarray, scale: np.ndarray) -> None:
-    """Check that `row` (for int8: times `scale [...]`) equals `x` up to `error` and the precision of the type."""
+    """Check that `row` (int8: times `scale [...]`) holds `x`, known up to `error`, to the precision of the type."""
     number = row.astype(np.float64)
     if kind == "int8":
         top, slack = np.abs(x).max(-1), error.max(-1)
@@ -138,7 +138,7 @@ def assert_stored(kind: str, x: np.ndarray, error: np.ndarray, row: np.ndarray, 
 
 
 def assert_appended(call: Call, after: list[np.ndarray]) -> None:
-    """Check that the rows of the tokens are in their places, and that all other rows are unchanged."""
+    """Check that the tokens' rows are in their places and that all other rows keep their bits."""
     d = call.sizes
     untouched = np.ones((d.L, d.B, d.K, d.S), bool)
     scales = after[2:] or [np.zeros(untouched.shape)] * 2
@@ -168,7 +168,7 @@ class Query(NamedTuple):
 def softmax_attention(
     query: Query, keys: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, float | np.ndarray]:
-    """Return the result ``[H]`` of one query over its visible positions ``[P, H]``, and the allowed error."""
+    """Return the answer ``[H]`` of one query over its visible positions ``[P, H]``, and the error allowed."""
     with np.errstate(all="ignore"):
         scores = keys @ query.q * query.scale
         sums = (query.q.size / 4 + 12) * np.abs(keys) @ np.abs(query.q) + 3 * np.abs(keys) @ query.terms
@@ -183,7 +183,7 @@ def softmax_attention(
 
 
 def expected(call: Call, after: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the results ``[R, T, N, H]`` over the stored rows, with zeros for padding, and the allowed errors."""
+    """Return the answers ``[R, T, N, H]`` over the stored rows, zeros for padding, and their tolerance."""
     d, (keys, values) = call.sizes, stored(after)
     q, terms = rotate(call.q, call.cos, call.sin)
     out, tolerance = np.zeros(call.q.shape), np.zeros(call.q.shape)
@@ -271,7 +271,7 @@ def test_agrees_with_numpy(isa: str, attention: Attention, sizes: Sizes, kind: s
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("H", [1, 2, 3, 4, 7, 8, 9, 16, 24, 31, 64, 80, 100, 128])
 def test_head_dimensions(isa: str, attention: Attention, H: int, kind: str) -> None:
-    """Test whole and partial vectors, and the rotation of all, some or none of a head's dimensions."""
+    """Whole and partial vectors; rotation of all, some or none of a head."""
     assert_answers(attention, make(one(7, 13, H=H, P=H // 2, S=23, kind=kind)))
     assert_answers(attention, make(one(260, 1, H=H, P=H // 3, S=271, kind=kind)))
     assert_answers(attention, make(one(7, 2, H=H, P=0, G=2, S=23, kind=kind)))
@@ -289,7 +289,7 @@ def calls(draw: st.DrawFn) -> Sizes:
     slots = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True))
     lengths = [draw(st.integers(0, T)) for _ in slots]
     window = draw(st.sampled_from([0, 1, 5, 64, 65, 299]))
-    # Hypothesis favours the ends of ranges, so empty and full caches are frequent. A ring may have wrapped around.
+    # Hypothesis favours the ends of ranges, so empty and full caches are frequent. A ring may be past its end.
     rings = [0 < window <= S + 1 - length for length in lengths]
     starts = [draw(st.integers(0, 3 * S if ring else S - n)) for n, ring in zip(lengths, rings, strict=True)]
     H = draw(st.sampled_from([2, 7, 8, 24]))
@@ -324,14 +324,14 @@ LONG_AND_SHORT = [one(300, 1, S=310), one(40, 30, S=75)]
 @pytest.mark.parametrize("soft_cap", [0.0, 20.0])
 @pytest.mark.parametrize("sizes", LONG_AND_SHORT, ids=["decode", "prefill"])
 def test_large_scores_do_not_overflow(isa: str, attention: Attention, sizes: Sizes, soft_cap: float) -> None:
-    """Test scores in the thousands, of both signs, whose exponentials overflow or become zero."""
+    """Scores of thousands, of both signs, whose exponentials overflow or vanish."""
     call = make(replace(sizes, soft_cap=soft_cap))
     assert_answers(attention, replace(call, q=call.q * np.float32(1000)))
 
 
 @pytest.mark.parametrize("sizes", LONG_AND_SHORT, ids=["decode", "prefill"])
 def test_a_dominant_position_anywhere(isa: str, attention: Attention, sizes: Sizes) -> None:
-    """The largest score comes first, last, or in a later tile or span, so that earlier sums must be rescaled."""
+    """The peak comes first, last, or in a later tile or span, and rescales the sums before it."""
     call = make(replace(sizes, P=0))
     start = sizes.starts[0]
     for position in (0, 1, 63, 64, 65, 255, 256, start - 1):

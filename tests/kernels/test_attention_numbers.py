@@ -67,7 +67,7 @@ SHAPES = pytest.mark.parametrize(("start", "tokens"), [(300, 1), (40, 30)], ids=
 
 
 def assert_same_pattern(attention: Attention, call: Call) -> None:
-    """Check that finite results agree with NumPy's, and that infinities and NaN are in the same places."""
+    """Check for NumPy's finite answers, and for the same infinity or NaN elsewhere."""
     out, _ = run(attention, call)
     np.testing.assert_allclose(out, expected(call), rtol=1e-4, atol=1e-5)
 
@@ -78,7 +78,7 @@ def assert_same_pattern(attention: Attention, call: Call) -> None:
 def test_non_finite_keys(
     isa: str, attention: Attention, start: int, tokens: int, number: float, end: int
 ) -> None:
-    """Keys at some or all positions before the first query are not finite, so a whole tile of scores may be -inf."""
+    """Some or all positions before the first query, so that a whole tile or span of scores may be -inf."""
     call = make(start, tokens)
     q, keys = call.q.copy(), call.keys.copy()
     q[..., 5] = np.where(np.arange(tokens)[:, None] % 3 == 1, -1.0, 1.0)  # scores of either sign
@@ -87,7 +87,7 @@ def test_non_finite_keys(
 
 
 def test_nan_among_scores_of_minus_infinity(isa: str, attention: Attention) -> None:
-    """The first tile contains no finite score."""
+    """The first tile has no finite score for the peak."""
     call = make(300, 1)
     q, keys = np.abs(call.q) + 1, call.keys.copy()
     keys[:, :256] = -np.inf
@@ -98,7 +98,7 @@ def test_nan_among_scores_of_minus_infinity(isa: str, attention: Attention) -> N
 
 
 def test_every_score_minus_infinity_is_nan(isa: str, attention: Attention) -> None:
-    """As in NumPy, the weights are then 0 / 0."""
+    """As in NumPy, the sum of the weights is 0 / 0."""
     call = make(290, 1)
     call = replace(call, q=np.abs(call.q) + 1, k=np.full_like(call.k, -np.inf))
     out, _ = run(attention, replace(call, keys=np.full_like(call.keys, -np.inf)))
@@ -181,7 +181,7 @@ def test_bfloat16_keeps_what_is_no_number(isa: str, attention: Attention, number
 def test_int8_says_nan_for_a_row_with_no_number(
     isa: str, attention: Attention, number: float, H: int, tokens: int
 ) -> None:
-    """int8 cannot represent NaN or infinity, so the row's scale becomes NaN."""
+    """int8 cannot hold NaN or infinity, so the scale becomes NaN."""
     call = make(3, tokens, H=H)
     v = call.v.copy()
     v[2, 0, H - 1] = number

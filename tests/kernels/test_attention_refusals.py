@@ -12,7 +12,7 @@ F32 = np.float32
 
 
 def arrays(**changed: Any) -> list[Any]:
-    """Return the arguments of a valid call of precast.attention, two sequences of four tokens, with changes."""
+    """A good call of precast.attention: two sequences of four tokens, with what is given put in its place."""
     cache = (2, 3, 2, 9, 8)  # [L, B, K, S, H]
     good: dict[str, Any] = {
         "q": np.ones((2, 4, 6, 8), F32),
@@ -212,7 +212,7 @@ def test_attention_refuses_attributes_of_other_types(jax: ModuleType, refusal: C
     call = jax.ffi.ffi_call("precast.attention.v2", results, input_output_aliases={5: 1, 6: 2})
     good = {"scale": np.float32(1.0), "window": np.int64(0), "soft_cap": np.float32(0.0)}
     assert "expected F32 but got F64" in refusal(lambda: call(*given, **good | {"scale": np.float64(1.0)}))
-    # Use numbers other than one: jax treats 1 and 1.0 as the same attribute.
+    # Other numbers: to jax an attribute of one is the same attribute, whatever its type.
     assert "expected F32 but got S32" in refusal(lambda: call(*given, **good | {"soft_cap": np.int32(2)}))
     assert "expected S64 but got S32" in refusal(lambda: call(*given, **good | {"window": np.int32(3)}))
     assert "scale" in refusal(lambda: call(*given, scal=np.float32(1.0), window=np.int64(0), soft_cap=F32(0)))

@@ -1,4 +1,4 @@
-"""All layers of a decoder in one call, compared with pure XLA and with separate calls of the kernels."""
+"""All layers of a decoder in one call: against the same maths in pure XLA, and against the kernels one by one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache as memoised
@@ -23,14 +23,14 @@ ALL = [
     *((name, *pair) for name in ("rings", "long ring") for pair in PAIRS[:3]),
     *((name, *PAIRS[i]) for name in ("ragged rings", "qk norms", "layer norms", "plain") for i in (0, 2)),
     *((name, *PAIRS[0]) for name in ("wide group", "whole norms")),
-    # With a larger error, other experts could be chosen.
+    # A larger error would change which experts are chosen.
     *((name, *pair) for name in ("experts", "one expert of a row") for pair in EXACT),
     *((name, w, "float32") for name in ("all experts", "experts alone") for w in KINDS),
 ]
 
 
 def _once(combinations: Sequence[tuple[str, str, str]]) -> list[Any]:
-    """Mark all but one combination of each case as long. For the first case, keep one for each pair of formats."""
+    """Mark as long all but one combination of each case; of the first case keep one for each pair of formats."""
     names = list(dict.fromkeys(name for name, *_ in combinations))
     short = {("one", *pair) for pair in (*PAIRS, (MIXED, "bfloat16"))}
     for place, name in enumerate(names[1:]):
@@ -41,7 +41,7 @@ def _once(combinations: Sequence[tuple[str, str, str]]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def run(jax: ModuleType) -> Callable[..., Any]:
-    """Return ``run(layers, case, weights, x [R, T, D], rotary, caches, rows, used)``; a call consumes the caches."""
+    """``(layers, case, weights, x [R, T, D], rotary, caches, rows, used) -> (x, caches)``; uses up the caches."""
     from precast.exporter.models.ops import LayerStack
 
     @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
@@ -60,7 +60,7 @@ def run(jax: ModuleType) -> Callable[..., Any]:
 
 
 def inputs_of(case: Case, tokens: int, places: Sequence[Place]) -> tuple[Any, Any, Any, np.int32]:
-    """Return the arguments x, rotary, rows and used of a call."""
+    """x, rotary, rows and used of a call."""
     from precast.exporter.models.ops import Batch, Rotary
 
     rng = np.random.default_rng(tokens + places[0][1])
@@ -74,7 +74,7 @@ def inputs_of(case: Case, tokens: int, places: Sequence[Place]) -> tuple[Any, An
 
 
 def empty(case: Case, kind: str) -> list[list[np.ndarray]]:
-    """Return the caches of each group, filled with NaN or with NaN scales, so that reading them is detected."""
+    """Return unreadable caches for each group: NaN, or NaN scales."""
     _, k, h = case.heads
     groups = []
     for layers, size in zip(case.layers_of, case.sizes, strict=True):
@@ -96,7 +96,7 @@ def arrays_of(caches: Sequence[Any]) -> list[list[np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def expected(jax: ModuleType, run: Callable[..., Any]) -> Callable[..., list[Any]]:
-    """Return ``answers(case, weights, cache) -> [(x, caches after the call) for each call]``, computed in pure XLA."""
+    """``(name of a case, weights, cache) -> (x, arrays of the caches after)`` of each call, in pure XLA."""
     from precast.exporter.models.xla_ops import XLA_OPS
 
     @memoised
@@ -114,7 +114,7 @@ def expected(jax: ModuleType, run: Callable[..., Any]) -> Callable[..., list[Any
 
 
 def written(case: Case, group: int, call: int) -> np.ndarray:
-    """Return a mask ``[B, S]`` of the places in a group's cache that a call fills."""
+    """Return a mask ``[B, S]`` of the places of a group's cache that a call fills."""
     here = np.zeros((case.slots, case.sizes[group]), bool)
     for slot, start, length in case.calls[call][1]:
         here[slot, np.arange(start, start + length) % case.sizes[group]] = case.attends
@@ -122,7 +122,7 @@ def written(case: Case, group: int, call: int) -> np.ndarray:
 
 
 def held(case: Case, group: int, calls: int) -> np.ndarray:
-    """Return a mask ``[B, S]`` of the places to which the next token may attend after a number of calls."""
+    """Return a mask ``[B, S]`` of the places that the next token may see after this many calls."""
     window, size = case.groups[group], case.sizes[group]
     here = np.zeros((case.slots, size), bool)
     for call, (_, places) in enumerate(case.calls[:calls]):
@@ -138,7 +138,7 @@ def held(case: Case, group: int, calls: int) -> np.ndarray:
 def merged(
     case: Case, kind: str, calls: int, groups: Sequence[Sequence[np.ndarray]]
 ) -> list[list[np.ndarray]]:
-    """Return the caches, emptied at all places to which the next token may not attend."""
+    """Return caches with rows only in readable places."""
     found = []
     for group, (arrays, nothing) in enumerate(zip(groups, empty(case, kind), strict=True)):
         here = held(case, group, calls)[None, :, None, :]
@@ -148,7 +148,7 @@ def merged(
 
 
 def numbers(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return the keys and values of a cache in float32."""
+    """Return keys and values in float32."""
     floats = [a.astype(np.float32) for a in arrays]
     if len(floats) == 2:
         return floats
@@ -156,7 +156,7 @@ def numbers(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
-    """Compare bits, because NumPy treats a bfloat16 NaN as unequal to itself."""
+    """Compare bits, because NumPy finds NaN in bfloat16 unequal to itself."""
     assert (a.dtype, a.shape) == (b.dtype, b.shape)
     np.testing.assert_array_equal(*(np.ascontiguousarray(x).view(f"uint{8 * x.itemsize}") for x in (a, b)))
 
@@ -164,7 +164,7 @@ def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
 def assert_caches_agree(
     kind: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], lost: float
 ) -> None:
-    """Compare caches; allow a few numbers near a rounding boundary to differ by a step."""
+    """Compare caches; a few numbers next to a rounding border may fall to either side."""
     for mine, other, scale in zip(numbers(ours), numbers(theirs), (*theirs[2:], None, None), strict=False):
         step = np.float32(0)
         if kind == "int8":
@@ -188,7 +188,7 @@ def layers_in(case: Case, groups: Sequence[Sequence[np.ndarray]], call: int) -> 
 
 @pytest.fixture(scope="module")
 def both(jax: ModuleType) -> SimpleNamespace:
-    """Return two forms of the layers with kernels: all in one call, and one by one in a loop of XLA."""
+    """The kernels' layers: all in one call, and one by one in a loop of XLA."""
     from precast.exporter.models.cpu_ops import CPU_OPS
     from precast.exporter.models.xla_ops import layer_loop
 
@@ -196,9 +196,9 @@ def both(jax: ModuleType) -> SimpleNamespace:
 
 
 def lost_of(weights: str, kind: str) -> tuple[float, float]:
-    """Return the allowed relative errors: for the weights' format alone, and with the cache's type."""
-    # Activations have 16 bits, or 8 bits with int4 weights. A number in the cache may be rounded to a neighbouring
-    # value.
+    """Return the error allowed, relative to the largest number, for the weights' format alone and with the cache's."""
+    # Activations in 16 bits, in 8 with int4 weights; and a number of the cache that falls to the other side of a
+    # rounding border.
     lost = {"int8": 4e-4, "int4": 3e-2, "int4-symmetric": 3e-2, MIXED: 3e-2}.get(weights, 4e-6)
     return lost, lost + {"float32": 0.0, "bfloat16": 4e-3, "int8": 6e-3}[kind]
 
@@ -223,7 +223,7 @@ def test_agrees_with_xla_and_with_the_kernels_one_by_one(
             results.append((np.array(y), arrays_of(caches)))
         if len(results) == 2:
             (ours, our_caches), (others, other_caches) = results
-            # Rows of padding are undefined.
+            # Rows of padding are meaningless.
             for r, (_, _, length) in enumerate(places):
                 assert_same_bits(ours[r, :length], others[r, :length])
             for mine, other in zip(chain(*our_caches), chain(*other_caches), strict=True):
@@ -235,7 +235,7 @@ def test_agrees_with_xla_and_with_the_kernels_one_by_one(
             np.testing.assert_allclose(y[r, :length], theirs[r, :length], rtol=0, atol=loose)
             if len(places) == 1:
                 assert np.all(y[r, length:] == 0.0)
-        # All other places are unchanged.
+        # All other places keep their bits.
         for group, (given, kept) in enumerate(zip(before, after, strict=True)):
             left = ~np.broadcast_to(written(case, group, i)[None, :, None], given[0].shape[:4])
             for old, new in zip(given, kept, strict=True):

@@ -19,7 +19,7 @@ def test_the_good_layers_are_taken(layers: Callable[..., Any]) -> None:
 
 
 def with_step(place: int, **fields: int) -> dict[str, Any]:
-    """Return the argument `steps`, with some integers of one step changed: ``at2=7`` sets the integer at index 2."""
+    """A step with some of its eight integers changed, by place: ``at2=7``."""
     steps = [list(step) for step in STEPS]
     for key, value in fields.items():
         steps[place][int(key.removeprefix("at"))] = value
@@ -27,7 +27,7 @@ def with_step(place: int, **fields: int) -> dict[str, Any]:
 
 
 def with_weight(place: int, array: np.ndarray | None) -> dict[str, Any]:
-    """Return the argument `weights`, with one operand replaced, or removed if `array` is None."""
+    """Another operand in the place of one, or without it."""
     return {"weights": [*WEIGHTS[:place], *([] if array is None else [array]), *WEIGHTS[place + 1 :]]}
 
 
@@ -46,7 +46,7 @@ MATCH = "to match its argument, float32 [2, 3, 2, 9, 4], found"
 SIZES = "expected keys and values [2, B, 2, S, 4], found"
 PER_WINDOW = "expected 2 cache results, or 4 with scales, for each of"
 BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
-    # A width of zero: no operand would limit the other widths.
+    # Widths of nothing: no operand would bound the others.
     "no width": ({"x": ones(8, 0), "y": (8, 0)}, "x [8, 0], result [8, 0]"),
     "a width of nothing": ({"outs": [0, *OUTS[1:]]}, WIDTHS),
     "a huge width": (
@@ -55,7 +55,7 @@ BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no slots": (cache_of(2, 0, 2, 9, 4), "expected caches of at least one slot and one position, found"),
     "no positions": (cache_of(2, 3, 2, 0, 4), "expected caches of at least one slot and one position, found"),
-    # Step codes, and the values to which they refer.
+    # Step codes, and the values they name.
     "unknown kind": (with_step(1, at0=4), "step of unknown kind 4"),
     "negative kind": (with_step(0, at0=-1), "step of unknown kind -1"),
     "no steps": ({"steps": [], "numbers": ()}, CODES),
@@ -233,7 +233,7 @@ BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
         {"results": [(LAYERS_CACHE, np.int32), (LAYERS_CACHE, F32)], "aliases": {}},
         f"cache result 0 {MATCH} int32 [2, 3, 2, 9, 4]",
     ),
-    # Places of the sequences in the caches.
+    # Places in the caches.
     "slot too high": (
         {"slots": np.int32([2, 3])},
         "sequence 1 in slot 3 with start 0 and length 3 does not fit",
@@ -256,7 +256,7 @@ BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
         {"starts": F32([5, 0])},
         "slots, starts or lengths: expected int32 [2], found float32 [2]",
     ),
-    # The first arguments, whose types XLA checks.
+    # What comes first, whose types XLA checks.
     "bfloat16 x": ({"x": np.ones((8, 10), ml_dtypes.bfloat16)}, "BF16"),
     "x of three axes": ({"x": ones(2, 4, 10)}, "rank"),
     "cos of three axes": ({"cos": ones(2, 4, 2)}, "rank"),
@@ -271,14 +271,14 @@ def test_layers_refuse(
     assert text in refusal(lambda: layers(**changed))
 
 
-# Two layers without a window, and between them a layer with a window of three positions, in a ring of six places.
+# Two layers that see everything, and between them one that sees three positions, in a ring of six.
 LONG_CACHE, RING = (2, 3, 2, 9, 4), (1, 3, 2, 6, 4)
 
 
 def ringed(
     *, window: int = 3, ring: tuple[int, ...] = RING, dtype: Any = F32, **changed: Any
 ) -> dict[str, Any]:
-    """Return the arguments of a valid call of three layers with two caches, for a given window, ring and type."""
+    """A good call of three layers of two caches, with what is given put in its place."""
     caches = [np.zeros(LONG_CACHE, F32)] * 2 + [np.zeros(ring, dtype)] * 2
     angles = {"cos": ones(2, 2, 4, 2), "sin": np.zeros((2, 2, 4, 2), F32)}
     weights = [np.full((3, *a.shape[1:]), 0.1, F32) for a in WEIGHTS]
@@ -350,10 +350,7 @@ MIXTURE_WEIGHTS = [
 
 
 def mixture(*step: tuple[int, int, int], weight: tuple[int, np.ndarray] | None = None, **changed: Any) -> Any:
-    """Return the arguments of a valid call with a norm and experts.
-
-    A change is ``(step, index, value)``: the value replaces the integer at this index of this step.
-    """
+    """A good call with a norm and experts; of a step ``(which, which integer, value)`` may be changed."""
     steps, weights = [list(codes) for codes in MIXTURE_STEPS], list(MIXTURE_WEIGHTS)
     for which, place, value in step:
         steps[which][place] = value

@@ -18,10 +18,10 @@ Linear = Callable[..., list[np.ndarray]]
 UNIT = 2.0**-24  # half an ulp of one: the relative error of one float32 operation
 SMALLEST = 2.0**-126  # XLA's threads flush smaller numbers to zero
 ACTIVATION = 127 * 256  # the largest magnitude of an activation in 16 bits
-GROUP, BYTE = 32, 127  # with int4 weights, activations have 8 bits, and one scale per group
+GROUP, BYTE = 32, 127  # activations of int4 weights take 8 bits, with one scale per group
 PACKED = (*WIDE, *NARROW)
-# (rows, in, outs): sizes near a multiple of a vector, a register block, a panel, a group, a pass of inputs, or the
-# number of outputs in a task.
+# (rows, in, outs): sizes next to a multiple of a vector, a register block, a panel, a group, a pass of inputs, or the
+# outputs of a task.
 SHAPES = (
     (1, 1, (1,)),
     (1, 577, (65,)),
@@ -44,7 +44,7 @@ LAYERS = st.integers(1, 4).flatmap(lambda layers: st.tuples(st.just(layers), st.
 
 
 def tolerance(x: np.ndarray, w: np.ndarray, name: str) -> np.ndarray:
-    """Return the allowed error for float32 sums in at least four lanes and for rounded activations."""
+    """Return the error allowed for float32 sums in at least four lanes and for rounded activations."""
     terms = x.shape[1]
     lost = (terms / 4 + 8) * UNIT * (np.abs(x) @ np.abs(w).T) + terms * SMALLEST
     if name not in PACKED:
@@ -128,7 +128,7 @@ def test_symmetric_weights_and_stored_minima_give_the_same_bits(
 def test_small_whole_numbers_are_summed_exactly(
     isa: str, name: str, linear: Linear, rows: int, size: int, outs: list[int], layers: tuple[int, int]
 ) -> None:
-    """Sums of small whole numbers are exact, so each element must be counted once and in its place."""
+    """Every element counts once and in its place: sums of small whole numbers are exact."""
     count, layer = layers
     rng = np.random.default_rng(size)
     x = rng.integers(-9, 10, (rows, size)).astype(np.float32)
@@ -140,7 +140,7 @@ def test_small_whole_numbers_are_summed_exactly(
             x[:, 0] = ACTIVATION
     weights = []
     for out in outs:
-        # If an element of another layer were read, the sum would be NaN.
+        # An element of another layer would make the sum NaN.
         arrays, values = whole_numbers(name, rng, (count, out, size), layer=layer)
         weights.append((arrays, values[layer].astype(np.float64)))
     for y, (_, w) in zip(linear(x, layer, [a for a, _ in weights], outs), weights, strict=True):
@@ -172,7 +172,7 @@ def test_nan_and_infinity_land_where_numpy_puts_them(
 def test_a_row_that_is_not_finite_has_no_answer(
     isa: str, name: str, linear: Linear, rows: int, place: int, bad: float
 ) -> None:
-    """With packed weights, the results of this row are NaN, and those of other rows are not affected."""
+    """With packed weights the answers of that row are NaN and those of other rows are not."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, 40), dtype=np.float32)
     arrays, w = pack(name, rng.standard_normal((1, 33, 40), dtype=np.float32))
@@ -185,7 +185,7 @@ def test_a_row_that_is_not_finite_has_no_answer(
 
 
 def test_the_zeros_behind_a_partial_vector_meet_no_infinity(isa: str, linear: Linear) -> None:
-    """All results are plus infinity; infinity times a zero of the padding would be NaN."""
+    """Infinity times a padding zero would be NaN; every answer here is plus infinity."""
     x, w = np.full((7, 19), np.inf, np.float32), np.ones((1, 9, 19), np.float32)
     assert np.all(linear(x, 0, [[w]], [9])[0] == np.inf)
 
@@ -281,7 +281,7 @@ def test_gates(
 def test_gate_of_one(
     isa: str, name: str, linear: Linear, rows: int, size: int, outs: int, gate: str, around: bool
 ) -> None:
-    """Test a gate without a second product. The bias is added before the gate, and the residual after it."""
+    """A gate without a second product; the bias comes before it, the residual after it."""
     rng = np.random.default_rng(rows)
     x = rng.standard_normal((rows, size), dtype=np.float32) * 0.3
     arrays, w = pack(name, rng.standard_normal((2, outs, size), dtype=np.float32))
@@ -296,7 +296,7 @@ def test_gate_of_one(
 
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
 def test_gates_far_out(isa: str, linear: Linear, gate: str) -> None:
-    """Test inputs whose exponential would overflow, NaN and infinities."""
+    """Inputs whose exponential would overflow, NaN and infinities."""
     values = np.float32([-np.inf, -1e30, -200, -90, -1e-30, 0, 1e-30, 90, 200, 1e30, np.inf, np.nan, -20])
     x = values[:, None]
     one, two = np.ones((1, 1, 1), np.float32), np.ones((1, 1, 1), np.float32)
@@ -324,7 +324,7 @@ def test_formats_of_a_call_may_differ(isa: str, linear: Linear) -> None:
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 @pytest.mark.parametrize("code", ["least", "most"])
 def test_the_largest_products_do_not_overflow(isa: str, linear: Linear, name: str, code: str) -> None:
-    """Products of the largest codes with the largest activations fit 16-bit sums."""
+    """16-bit sums hold the products of the largest codes with the largest activations."""
     kind, size = BLOCK_FORMATS[name], 2100
     lowest, highest = (-128, 127) if kind.bits == 8 else (0, 2**kind.bits - 1)
     dtype = np.int8 if kind.bits == 8 else np.uint8

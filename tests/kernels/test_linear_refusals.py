@@ -15,7 +15,7 @@ def ones(*shape: int) -> np.ndarray:
     return np.ones(shape, F32)
 
 
-# Weights with 20 outputs and 40 inputs in each format: two panels and two groups.
+# Weights of 20 outputs of 40 inputs, as each format has them: two panels, two groups.
 STORED = {
     "float32": [(F32, (2, 20, 40))],
     "bfloat16": [(ml_dtypes.bfloat16, (2, 20, 40))],
@@ -29,7 +29,7 @@ W = ones(2, 20, 40)
 
 
 def expected_part(name: str, place: int) -> str:
-    """Return the part of a refusal that describes the expected operand at an index, for a format."""
+    """Return the part of a refusal that says which operand a format takes at a place."""
     dtype, shape = STORED[name][place]
     axes = ", ".join(map(str, shape[1:]))
     return f"{PARTS[name][place]}: expected {np.dtype(dtype)} [L, {axes}]"
@@ -94,7 +94,7 @@ def test_linear_refuses_types_of_scales(
 def test_linear_refuses_types_of_minima(
     linear: Callable[..., Any], refusal: Callable[..., str], dtype: Any
 ) -> None:
-    """Weights without minima are valid, so an array of another type counts as an extra operand."""
+    """Weights without minima are valid, so an array of another type is an operand too many."""
     arrays = stored("int4")
     arrays[2] = arrays[2].astype(dtype)
     text = refusal(lambda: linear(X, 0, [arrays], [20]))
@@ -218,7 +218,7 @@ def test_linear_refuses_results(
     jax: ModuleType, refusal: Callable[..., str], results: list[tuple[int, ...]], text: str
 ) -> None:
     shapes = [jax.ShapeDtypeStruct(shape, F32) for shape in results]
-    # A call without results is only made if jax believes that it has a side effect.
+    # Nobody would use the results of a call without any: it must count as having an effect to be made at all.
     call = jax.ffi.ffi_call("precast.linear.v1", shapes, has_side_effect=True)
     assert text in refusal(lambda: call(X, np.int32(0), np.int32(3), W, **LINEAR))
 
@@ -358,7 +358,7 @@ def test_embed_refuses_results(jax: ModuleType, refusal: Callable[..., str]) -> 
     assert "S32" in refusal(lambda: call(np.int32([0, 1, 2]), TABLE, vocab=np.int32(21)))
 
 
-# Each layer has 20 outputs and 40 inputs, which take two panels. A panel has 9 units in q4_0 and 17 units in q8_0.
+# Each layer of 20 outputs of 40 inputs takes two panels: of 9 units in q4_0, and of 17 in q8_0.
 @pytest.mark.parametrize(
     ("table", "what"),
     [

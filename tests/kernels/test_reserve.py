@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def mapping_of(address: int) -> dict[str, str]:
-    """Return the fields of the memory mapping that contains an address."""
+    """Return the fields of the mapping that holds an address."""
     found: dict[str, str] = {}
     is_inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""The result of a row has the same bits, whatever the other rows, the chunks of the prompt and the slots are."""
+"""A row's result has the same bits for any other rows of the call, chunks of the prompt, and slots of the batch."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,12 +9,12 @@ from packed import NAMES, pack
 from test_attention import KINDS, Attention, Sizes, as_bytes, make, one
 from test_linear import Linear
 
-# (in, outs): sizes near a multiple of a vector, a panel, a group, a pass of inputs, or a chunk of groups.
+# (in, outs): sizes next to a multiple of a vector, a panel, a group, a pass of inputs, or a chunk of groups.
 SIZES = ((577, (65, 9)), (2081, (17,)), (39, (130, 33)), (800, (48,)))
 
 
 def parts_of(rng: np.random.Generator, rows: int) -> list[np.ndarray]:
-    """Return selections of rows in random order, small and large, which together contain every row."""
+    """Return selections of rows that together hold every row, in any order, few and many at a time."""
     left = rng.permutation(rows)
     cuts = np.cumsum([1, 2, 3, 4, 5, 6, 7, 8, 9, 13])
     return [*np.split(left, cuts[cuts < rows]), np.arange(rows)[:17], np.arange(rows)[rows - 1 :]]
@@ -53,7 +53,7 @@ def test_gates_biases_and_residuals(isa: str, name: str, linear: Linear, gate: s
 
 
 def cut_at_random(rng: np.random.Generator, tokens: int) -> list[tuple[int, int]]:
-    """Return the (start, length) of random chunks that cover the tokens: single tokens, a few, and many."""
+    """Return (start, length) of chunks that cover the tokens: single tokens, a few, and many."""
     chunks, start = [], 0
     while start < tokens:
         length = min(int(rng.choice([1, 2, 3, 5, 16, 17, 40, 90])), tokens - start)
@@ -76,7 +76,7 @@ ATTENTIONS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", ATTENTIONS.values(), ids=ATTENTIONS.keys())
 def test_attention(isa: str, attention: Attention, sizes: Sizes, kind: str) -> None:
-    """Random chunks of a prompt, beside sequences in other slots, give the same results and cache as single tokens."""
+    """A prompt cut at random, beside sequences in other slots, gives the same results and cache as single tokens."""
     rng = np.random.default_rng(sizes.seed)
     prompt, total = make(replace(sizes, kind=kind)), sizes.lengths[0]
 

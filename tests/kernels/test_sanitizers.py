@@ -23,7 +23,7 @@ CHECKS = [HERE / f"{name}.cc" for name in ("driver", "wide", "linear", "calls", 
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Werror")
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREADS = ("-fsanitize=thread",)
-# Time limit for one compilation or one run. The slowest takes half a minute on an idle machine.
+# For one compilation or one run; the slowest takes half a minute on an idle machine.
 LIMIT_S = 900
 
 
@@ -36,7 +36,7 @@ def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
 
 
 def compile_all(folder: Path, sources: list[Path], flags: tuple[str, ...], include: Path) -> Path:
-    """Compile the sources, as many at a time as there are CPUs, and link them."""
+    """Compile the sources, one for each CPU at a time, and link them."""
     compiler = (
         os.environ.get("CXX", "g++"),
         "-std=c++20",
@@ -83,7 +83,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_all(folder, [*KERNELS, *CHECKS], (*MEMORY, "-pthread"), HERE / "fake")
 
 
-# "wide" is the source of the AVX-512 kernels, compiled for any CPU.
+# "wide" is the source of the AVX-512 kernels compiled for any CPU.
 @pytest.mark.long
 @pytest.mark.parametrize("name", [*kernels.ISAS, "wide"])
 def test_kernels_stay_within_their_buffers(driver: Path, name: str) -> None:

@@ -12,7 +12,7 @@ HEADER = (SOURCES / "step_codes.h").read_text()
 
 
 def fields(code: str) -> list[str]:
-    """Return the names of a struct's fields in the header, in order."""
+    """Return the fields of a struct of the header in order."""
     found = re.search(rf"struct {code} {{\s*int64_t ([^;]+);\s*}};", HEADER)
     assert found, f"no struct {code} of int64_t fields in step_codes.h"
     return found[1].replace("\n", " ").replace(" ", "").split(",")

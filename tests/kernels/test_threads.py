@@ -19,7 +19,7 @@ def usable_cpus() -> int:
 
 
 def digests(cpus: int) -> list[str]:
-    """Return the digests that a process computes on this number of CPUs."""
+    """Return the digests of a process on this many CPUs."""
     command = [sys.executable, str(DIGEST), str(cpus)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert result.returncode == 0, result.stderr
