@@ -1,4 +1,4 @@
-"""Whole programs on a CPU: however the prompt is split, a position has the same bits of keys, values and logits."""
+"""Whole programs on a CPU: the keys, values and logits of a position have the same bits for any split of the prompt."""
 
 import importlib
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from precast.loaders.generation.engine import DecodeRow, Engine
 from precast.loaders.load import load
 
 REFERENCE = Path(__file__).parent / "reference"
-# A checkpoint of the reference, or the tiny model; the formats of weights and KV cache.
+# For each model, a reference checkpoint or the tiny model: the formats of weights and KV cache.
 CASES = {
     "tiny int4": ("", "int4", "bfloat16"),
     "tiny int8": ("", "int8", "int8"),
@@ -50,7 +50,7 @@ def engine(
 
 
 def one_by_one(engine: Engine, ids: list[int], slot: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Decode every token but the first, alone; return the logits of every position, and the slot's cache."""
+    """Decode the tokens after the first one by one; return the logits of every position, and the slot's cache."""
     cache = engine.new_cache()
     logits = [engine.logits(engine.prefill_chunk(ids[:1], cache, start=0, slot=slot))[0].copy()]
     for position in range(1, len(ids)):
@@ -70,7 +70,7 @@ def contents(engine: Engine, cache: Any, slot: int, filled: int) -> list[np.ndar
 def in_pieces(
     engine: Engine, ids: list[int], slot: int, rng: np.random.Generator
 ) -> tuple[dict[int, np.ndarray], list[np.ndarray]]:
-    """Read the tokens by chunks, scores and steps at random, while other slots decode; return the logits seen."""
+    """Compute the tokens by random chunks, scores and steps, while other slots decode; return the logits."""
     cache, logits, position = engine.new_cache(), dict[int, np.ndarray](), 0
     others = [s for s in range(engine.slots) if s != slot]
     for other in others:

@@ -229,7 +229,7 @@ def test_a_disk_that_is_full(export_refused, tiny_checkpoint, monkeypatch, place
         monkeypatch.setattr("precast.loaders.artifact.weights._write_pieces", full)
     elif place == "tokenizer":
         write = Path.write_bytes
-        # Not the marker of the temporary folder, which is written first.
+        # Do not fail at the marker of the temporary folder, which is written first.
         monkeypatch.setattr(
             Path,
             "write_bytes",

@@ -1,4 +1,4 @@
-"""A tokenizer with more tokens than the model has embeddings, as after adding <pad> without resizing."""
+"""A tokenizer with more tokens than the model has embeddings, as if <pad> was added without resizing the model."""
 
 import json
 
@@ -13,7 +13,7 @@ V = 300
 
 
 def with_tokens(source, *texts):
-    """Return a source's tokenizer.json with special tokens added from id V on."""
+    """Return a source's tokenizer.json with added special tokens, whose ids start at V."""
     document = json.loads(source.tokenizer_json)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     document["added_tokens"] += [{"id": V + i, "content": text, **flags} for i, text in enumerate(texts)]

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic: limits, divergences and ratios, and the tables that show them."""
+"""The arithmetic of the benchmarks (limits, divergences, ratios), and the tables of the results."""
 
 import json
 import math
@@ -13,7 +13,7 @@ PEERS = Path(__file__).parents[1] / "benchmarks" / "peers"
 
 @pytest.fixture
 def peers(monkeypatch):
-    """Return the modules of benchmarks/peers, whose scripts import them by bare names."""
+    """Return the modules of benchmarks/peers, which import each other by bare names."""
     monkeypatch.syspath_prepend(str(PEERS))
     before = set(sys.modules)
     import fidelity

@@ -64,7 +64,7 @@ def test_a_folder_with_one_artifact_will_do(record, tiny_artifact, answer):
 
 def test_a_prompt_may_be_piped_in(record, tiny_artifact, tiny_model):
     text = "the quick brown fox\n"
-    # Echo and editors add one final newline.
+    # The command echo and editors add one newline at the end.
     piped = record(tiny_artifact, stdin=text + "\n")
     assert piped["prompt_token_ids"] == tiny_model.tokenizer.encode(text)
     given = record(tiny_artifact, "-p", text)
@@ -77,8 +77,8 @@ def test_a_prompt_may_be_piped_in(record, tiny_artifact, tiny_model):
         (b"\xef\xbb\xbfthe fox", "the fox"),
         (b"the fox\r\nthe dog\r\n", "the fox\nthe dog"),
         (b"\xef\xbb\xbfthe\r\n\r\n", "the\n"),
-        (b"a\rb\n\r", "a\rb\n\r"),  # a carriage return alone is text
-        (b"the \xef\xbb\xbffox", "the \ufefffox"),  # so is a mark that is not at the start
+        (b"a\rb\n\r", "a\rb\n\r"),  # a carriage return without a newline is text
+        (b"the \xef\xbb\xbffox", "the \ufefffox"),  # a byte order mark that is not at the start is text too
     ],
 )
 def test_a_piped_prompt_loses_the_byte_order_mark_and_crlf(
@@ -464,7 +464,7 @@ def test_a_reader_that_leaves_early_is_not_an_error(tiny_artifact, python):
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
 def test_a_process_without_its_streams(tiny_artifact, closed):
-    """Shells and some supervisors start processes like this; no opened file may take the number of a stream."""
+    """Shells and some supervisors start processes without streams; no file may get a stream's descriptor."""
     command = [sys.executable, "cli.py", "run", str(tiny_artifact)]
     result = subprocess.run(
         ["sh", "-c", f'exec "$@" {closed}', "sh", *command],

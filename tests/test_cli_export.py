@@ -25,7 +25,7 @@ def test_export_then_run(cli, record, tiny_checkpoint, tmp_path, answer, monkeyp
 
 def test_weights_are_int8_by_default(cli, record, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "artifacts" / "checkpoint-int8").mkdir(parents=True)  # an empty folder may be written to
+    (tmp_path / "artifacts" / "checkpoint-int8").mkdir(parents=True)  # an export may write to an empty folder
     result = cli("export", tiny_checkpoint(), "--buckets", "8", "--context", "64")
     assert result.exit_code == 0, result.output
     output = tmp_path / "artifacts" / "checkpoint-int8"
@@ -73,7 +73,7 @@ def test_inspect_as_json_agrees_with_the_manifest(cli, tiny_artifact):
 
 
 def test_inspect_reads_nothing_but_the_manifest(cli, tmp_path, tiny_artifact):
-    """So it describes artifacts that do not run here too."""
+    """It can therefore also describe artifacts that do not run here."""
     shutil.copy(tiny_artifact / "manifest.json", tmp_path)
     assert cli("inspect", tmp_path).exit_code == 0
     assert sys.modules.get("jax") is not None  # the process of the tests keeps jax

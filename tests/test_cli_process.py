@@ -110,7 +110,7 @@ def test_the_version_is_the_package_s(cli):
 
 @pytest.fixture
 def collecting(monkeypatch):
-    """Return a list that grows with each read of a manifest and each answer: the event, and if collection was on."""
+    """Return a list to which each read of a manifest and each answer adds the event, and True if collection was on."""
     from precast.loaders import load
     from precast.loaders.generation.model import Model
 
@@ -137,7 +137,7 @@ REFUSED, RUNS = ("--target", "none"), ()
 @pytest.mark.parametrize("on", [True, False])
 @pytest.mark.parametrize("options", [RUNS, REFUSED])
 def test_garbage_collection_resumes_after_the_load(cli, tiny_artifact, collecting, options, on):
-    """A start makes no garbage, so collection is off until the artifact is loaded."""
+    """A start creates no garbage, so collection is off until the artifact is loaded."""
     (gc.enable if on else gc.disable)()
     before = gc.get_freeze_count()
     result = cli("run", tiny_artifact, "-p", "a", "-n", "1", *options)

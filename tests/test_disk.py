@@ -1,7 +1,7 @@
-"""Full and read-only disks, and several processes at one name: the artifact is whole, or an error text says why not.
+"""Full and read-only disks, and processes that use the same name.
 
-A small disk is a tmpfs in a private mount namespace; the tests are skipped if that is not allowed. The failure of any
-single write is tested in `loaders/test_files.py`.
+In each case, the artifact is complete, or an error explains why not. A small disk is a tmpfs in a private mount
+namespace; the tests are skipped if that is not allowed. `loaders/test_files.py` tests the failure of each single write.
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 from precast.loaders.artifact import folders
 
 ROOT = Path(__file__).resolve().parent.parent
-# Runs a command in a mount namespace; a user other than root becomes root in it.
+# The command that runs another one in a mount namespace. In the namespace, any user becomes root.
 NAMESPACE = (
     ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
 )
@@ -122,7 +122,7 @@ print(json.dumps(said))
 
 
 def test_a_disk_that_is_full(tiny_artifact, tmp_path):
-    """pull, add-target and run --compile: the artifacts answer as before, and later runs with room succeed."""
+    """When pull, add-target and run --compile fail, the artifacts still answer; later runs with room succeed."""
     said = in_namespace(FULL, tiny_artifact, tmp_path)
     for share in (0.1, 0.5, 0.9):
         assert "No space left on device" in said[f"pull {share}"]
@@ -178,14 +178,14 @@ print(json.dumps([refusal(lambda: add_target(artifact, source="portable", log=la
 
 
 def test_an_artifact_that_may_only_be_read(artifact_copy, tmp_path, own_cache):
-    """It runs even if the cache folder is read-only, too."""
+    """The artifact runs even if the cache folder is read-only too."""
     (text,) = in_namespace(READ_ONLY, artifact_copy, tmp_path)
     assert "Read-only file system" in text
 
 
 # --- several at one name ------------------------------------------------------------------------------------
 
-# Runs in a new process, because one with threads, as JAX starts them, must not fork.
+# This runs in a new process, because a process with threads, such as those that JAX starts, must not fork.
 TWO = """
 import json, multiprocessing, os, sys
 from pathlib import Path
@@ -221,7 +221,7 @@ print(json.dumps(results))
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_two_processes_that_export_to_one_name(tmp_path, python, overwrite):
-    """One wins: the artifact is all its own, and nothing is left of the other's."""
+    """One process succeeds: the artifact is entirely its own, and no files of the other process remain."""
     result = python("-c", TWO, str(tmp_path), str(int(overwrite)))
     assert result.returncode == 0, result.stderr
     for path, texts, contents, beside in json.loads(result.stdout):

@@ -27,7 +27,7 @@ def is_source(path: Path) -> bool:
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of benchmarks, whose scripts import by their bare names."""
+    """Return the folder of the benchmarks, and make their modules importable by bare names."""
     folder = ROOT / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
     for module in ("picture", "models"):
@@ -71,10 +71,10 @@ def test_every_file_named_exists(page: Path) -> None:
 
 
 def command_lines() -> list[tuple[str, str]]:
-    """Each `precast …` line of a block of commands, with its page."""
+    """Return each `precast …` line in a code block, with the name of its page."""
     found = []
     for page in PAGES:
-        if page.name in ("LOG.md", "CHANGELOG.md"):  # these tell of earlier versions
+        if page.name in ("LOG.md", "CHANGELOG.md"):  # these pages describe earlier versions
             continue
         for block in re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL):
             lines = (line.partition(" # ")[0].removeprefix("$ ").strip() for line in block.splitlines())

@@ -1,4 +1,4 @@
-"""``precast eval``: its output with references of every kind, and its errors."""
+"""The command ``precast eval``: its output with each kind of reference, and its errors."""
 
 import json
 import math

@@ -69,7 +69,7 @@ def test_every_case_is_recorded(script):
 
 
 def test_every_applied_key_has_a_case():
-    """Except keys of do_sample: tests/loaders/test_sampling.py compares their filters."""
+    """Keys that apply only with do_sample are excluded; tests/loaders/test_sampling.py tests them."""
     used = {key for record in RECORDS for key in record["said"]}
     applied = {
         key for key, known in KEYS.items() if known.treatment is Treatment.APPLIED and not known.sampling

@@ -85,7 +85,7 @@ def test_a_gguf_file_is_the_checkpoint_it_was_made_from(case: Case, tmp_path: Pa
         assert file.tensors[name].shape == found.shape == tensor.shape
         if offset and name.endswith(
             "norm.weight"
-        ):  # 1 was added and is subtracted: half a step of float32 at 1
+        ):  # the converter adds 1 and precast subtracts it: an error of half a float32 step at 1
             np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-24, err_msg=name)
         else:
             np.testing.assert_array_equal(bits(found), bits(expected), err_msg=name)
@@ -243,7 +243,7 @@ def test_an_attention_factor_that_contradicts_the_context_lengths(tmp_path: Path
 
 @pytest.mark.parametrize(("layers", "expected"), [(7, 24), (62, cases.D // cases.N)])
 def test_gemma3_of_62_layers_scales_scores_by_its_width(tmp_path: Path, layers: int, expected: int) -> None:
-    """The published 27B does so, although its file does not say it."""
+    """The published 27B model does so, although its file has no key for it."""
     case = dataclasses.replace(GEMMA3, layers=layers)
     config = open_source(str(cases.write_gguf(case, case.arrays(), tmp_path / "tiny.gguf"))).config
     assert config["query_pre_attn_scalar"] == expected

@@ -1,4 +1,4 @@
-"""Artifacts of earlier formats (`tests/golden/`): each gives its recorded answers, or is refused by its version."""
+"""Artifacts of earlier formats (`tests/golden/`): each gives its recorded answers, or its version is refused."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from precast.loaders.locate import read_manifest
 HERE = Path(__file__).resolve().parent
 FOLDERS = sorted(p for p in (HERE / "golden").iterdir() if (p / "manifest.json").is_file())
 NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-format-(\d+)")
-# Limit for all files of an artifact in the repository.
+# Limit in bytes for all files of an artifact in the repository.
 LARGEST = 300_000
 
 
@@ -55,7 +55,7 @@ def test_supported_formats_give_their_recorded_answers(folder, target, own_cache
     assert answers
     for answer in answers:
         expected = tuple(answer["token_ids"])
-        if expected:  # empty if the first token was a tie
+        if expected:  # the list is empty if the first token was a tie
             params = SamplingParams(ignore_eos=True, max_tokens=len(expected))
             assert model.generate(answer["prompt_token_ids"], params).token_ids == expected
 
@@ -68,7 +68,7 @@ PREFIXES = 6
     "folder", [f for f in readable() if version_of(f) >= PREFIXES], ids=lambda folder: folder.name
 )
 def test_a_prompt_starts_after_the_stored_prefix_and_verify_replays_it(folder, cli, greedy, own_cache):
-    """On a machine whose kernels use other instructions, the prompt is read whole and the answer is still right."""
+    """If the kernels use another instruction set here, the whole prompt is computed, and the answer is still right."""
     model = load(folder, allow_compile=True, prefix_memory=0, log=lambda _: None)
     (prefix,) = model.manifest.prefixes
     prompt = [*json.loads((folder / prefix.file).read_text()), 3, 4, 5]

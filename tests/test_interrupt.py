@@ -1,4 +1,4 @@
-"""Ctrl-C: one word, exit code 130 and no partial files at any moment. This is a short run of `make interrupt`."""
+"""Ctrl-C at any moment: one word, exit code 130 and no partial files. This is a short run of `make interrupt`."""
 
 import json
 import os
@@ -197,7 +197,7 @@ def test_a_failing_clean_up_does_not_stop_the_others(tmp_path):
 
 
 def test_little_is_imported_before_the_handler_is_installed(python):
-    """Until then Python answers interrupts, and each further import extends that time."""
+    """Until then, Python handles interrupts itself, and each further import extends this time."""
     code = (
         "import json, sys\nbefore = set(sys.modules)\nfrom precast.start import main\n"
         "print(json.dumps(sorted(set(sys.modules) - before)))"

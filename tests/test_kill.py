@@ -14,7 +14,7 @@ FUZZ = Path(__file__).resolve().parent / "fuzz"
     [("add-target", 3), ("pull", 12), ("add-prefix", 3), ("remove-prefix", 5), ("batch", 3)],
 )
 def test_killed_at_random_moments(tiny_artifact, python, command, kills):
-    """Exports, which take longest, are left to `make kill`."""
+    """Only `make kill` kills exports, because they take longest."""
     result = python(
         str(FUZZ / "kill.py"), "--artifact", str(tiny_artifact), "--only", command, "--kills", str(kills)
     )
@@ -133,7 +133,7 @@ for before, act, after in ((plain, add, tidy), (prefixed, remove, tidy), (plain,
 
 
 def test_killed_before_every_change_of_files(tiny_artifact, prefixed_artifact, python, tmp_path):
-    """The next command completes or undoes the change, leaves nothing, and puts the signature back if it fits."""
+    """The next command completes or undoes the change, removes leftovers, and restores a valid signature."""
     plain, prefixed = tmp_path / "plain" / "tiny", tmp_path / "prefixed" / "tiny"
     shutil.copytree(tiny_artifact, plain)
     shutil.copytree(prefixed_artifact, prefixed)

@@ -42,7 +42,7 @@ print(json.dumps([before, between, now()]))
 def test_500_loads_in_one_process_leak_nothing(
     tiny_artifact, artifact_copy, edit_manifest, python, own_cache
 ):
-    """As many loads are refused after the weights were mapped."""
+    """The same number of loads is refused after the weights were mapped."""
 
     def another_shape(manifest):
         for program in manifest["targets"][0]["programs"]:
@@ -56,5 +56,5 @@ def test_500_loads_in_one_process_leak_nothing(
     before, between, after = json.loads(result.stdout)
     same = ("descriptors", "threads", "mapped")
     assert [after[key] for key in same] == [before[key] for key in same]
-    # Allocators keep a little; 250 leaks of a single program or of the weights would be tens of megabytes.
+    # Allocators keep a little memory. 250 leaks of a program or of the weights would take tens of megabytes.
     assert after["resident"] - between["resident"] < 4 << 20, (before, between, after)

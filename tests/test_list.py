@@ -13,7 +13,7 @@ WHERE = "artifacts/good"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, tiny_artifact, edit_manifest):
-    """Make artifacts that run, do not run, and are broken, among folders of other programs."""
+    """Make artifacts that run, that do not run, and that are broken, beside folders of other programs."""
     monkeypatch.chdir(tmp_path)
     root = Path("artifacts")
 

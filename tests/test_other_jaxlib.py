@@ -1,4 +1,4 @@
-"""Artifacts between two jaxlibs, in both directions: executables are refused by name, StableHLO compiles.
+"""Artifacts moved between two jaxlibs, in both directions: executables are refused by name, and StableHLO compiles.
 
 PRECAST_OTHER_PYTHON must name an interpreter with precast and another jaxlib, as `.ci/run` does.
 """
@@ -49,7 +49,7 @@ def tokens(result: Any, compiles: int) -> tuple[list[int], str]:
 def check(
     root: Path, made_by: str, run_by: str, here: Callable[..., Any], there: Callable[..., Any], programs: int
 ) -> None:
-    """Run an artifact that was made `here` with the jaxlib `there`."""
+    """Check that `there` refuses the executables of an artifact made by `here`, and compiles its StableHLO."""
     answer, native = tokens(here("run", root, *IDS), 0)
     refused = there("run", root, *IDS)
     assert (refused.exit_code if hasattr(refused, "exit_code") else refused.returncode) == 2
@@ -57,17 +57,17 @@ def check(
         f"target {native!r}: it was compiled by jaxlib {made_by}, but {run_by} is installed" in refused.stderr
     )
     assert "or compile from StableHLO with --compile." in refused.stderr
-    # Compiled on request: the target whose executables do not fit, and the portable one.
+    # Two targets are compiled on request: the one whose executables do not fit, and the portable one.
     assert tokens(there("run", root, *IDS, "--compile"), programs) == (answer, native)
     again = there("run", root, *IDS, "--compile")
     assert tokens(again, 0) == (answer, native)
     assert "all programs were compiled here before" in again.stderr
-    # The portable target has one program more: decode for one sequence.
+    # The portable target has an additional program, which decodes a single sequence.
     assert tokens(there("run", root, *IDS, "--compile", "--target", "portable"), programs + 1) == (
         answer,
         "portable",
     )
-    # Compiled once, as a new target.
+    # add-target compiles the programs once, as a new target.
     added = there("add-target", root)
     assert f"target {native}-jaxlib{run_by} added: {programs} programs" in added.stdout, added.stderr
     assert tokens(there("run", root, *IDS, "--rehash"), 0) == (answer, f"{native}-jaxlib{run_by}")
@@ -79,7 +79,7 @@ def test_an_artifact_made_here_runs_there(artifact_copy, other_jaxlib, cli, own_
 
 
 def test_an_artifact_made_there_runs_here(tiny_checkpoint, tmp_path, other_jaxlib, python, own_cache):
-    # In a new process, because this one has imported jax.
+    # Use a new process, because this one has imported jax.
     root = tmp_path / "made-there"
     options = ("--buckets", "8", "--context", "64", "--weights", "float32")
     made = other("cli.py", "export", tiny_checkpoint(), "-o", root, *options)

@@ -102,7 +102,7 @@ def test_python_m_precast_is_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_checkout_on_the_path_does_not_break_transformers() -> None:
-    """transformers looks for a package named kernels, and finds this folder; its tokenizers depend on the result."""
+    """transformers checks if a package named kernels exists, and finds this project's folder of that name."""
     code = "import transformers; transformers.AutoTokenizer; import kernels; print(kernels.__file__)"
     result = run("-c", code, cwd=ROOT, HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr
@@ -111,7 +111,7 @@ def test_a_checkout_on_the_path_does_not_break_transformers() -> None:
 
 # --- a clone --------------------------------------------------------------------------------------------------
 
-# Hide only the installed precast from a process.
+# Code that hides only the installed precast from a process.
 ALONE = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]

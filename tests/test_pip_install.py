@@ -1,4 +1,4 @@
-"""The line of progress for pip: counts from its output, silence without a terminal, and its output at a failure."""
+"""The progress line for pip: counts from pip's output, silence without a terminal, and pip's output after a failure."""
 
 import subprocess
 import sys

@@ -23,9 +23,10 @@ OWN = re.compile(
 
 @pytest.fixture(scope="module")
 def said(python, tmp_path_factory) -> Callable[..., str]:
-    """Run a command in its own process; return its standard error.
+    """Return a function that runs a command in a new process, and returns its standard error.
 
-    Its cache differs from the export's, so every artifact counts as another machine's, and its first load gets a trial.
+    The cache folder differs from that of the export, so each artifact counts as made on another machine, and its first
+    load includes a trial.
     """
     caches = {"export": str(tmp_path_factory.mktemp("maker"))}
     other = str(tmp_path_factory.mktemp("user"))
@@ -117,7 +118,7 @@ def features(executable: bytes) -> bytes:
 
 @pytest.mark.skipif(processor_family() != "x86_64", reason="levels are those of x86-64")
 def test_an_executable_of_another_cpu_is_loaded_without_a_word(loaded, tiny_artifact):
-    """XLA on a machine with AVX-512 writes such lists: more features than this machine has, and tuning features."""
+    """XLA with AVX-512 writes such lists, with tuning features and with features that this machine lacks."""
     target = read_manifest(tiny_artifact).targets[0]
     data = (tiny_artifact / target.programs[-1].executable).read_bytes()
     stated = features(data)
@@ -134,7 +135,7 @@ def test_an_executable_of_another_cpu_is_loaded_without_a_word(loaded, tiny_arti
     assert len(other) == len(stated)
     assert other != stated
     wide = data.replace(stated, other)
-    # XLA's errors do show.
+    # XLA's errors are shown.
     assert "is not  supported on the host machine" in loaded(wide)
     assert loaded(isa.declare_features(wide, target.cpu_features)) == ""
     tuned = isa.declare_features(wide, (*target.cpu_features, *isa.LEVELS["x86-64-v4"].features))

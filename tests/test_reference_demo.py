@@ -1,7 +1,7 @@
 """The demo model, exported with the defaults, compared with transformers and torch in float32.
 
-``tests/reference/make_reference.py`` recorded the answers of transformers; with torch installed, some are computed
-again. The best token of every recorded step leads clearly, so all tokens must be equal.
+``tests/reference/make_reference.py`` recorded the answers of transformers. If torch is installed, some of them are
+computed again. In every recorded step, the largest logit leads clearly, so all tokens must be equal.
 """
 
 import json
@@ -90,7 +90,7 @@ def test_texts_and_chats_become_the_same_tokens(demo_model: Model) -> None:
 
 
 def test_the_uncached_pass_chooses_the_same_tokens(demo_source: Source, demo_artifact: Path) -> None:
-    """At every position of an answer, the recorded token is the best."""
+    """At every position of an answer, the recorded token has the largest logit."""
     chosen = [c for c in CASES if len(c["prompt_token_ids"]) in (1, 64, 129) or "messages" in c]
     assert len(chosen) >= 5
     best = _uncached_best(
@@ -115,7 +115,7 @@ def _uncached_best(source: Source, artifact: Path, sequences: Sequence[Sequence[
     def forward(tokens: Any, cos: Any, sin: Any, *weights: Any) -> Any:
         return jnp.argmax(model.bind(weights).forward(tokens[None], cos, sin)[0], axis=-1)
 
-    # Pad to one length, so that it compiles once; no position sees the padding.
+    # Pad all sequences to one length, so that the pass compiles once. No position attends to the padding.
     length = max(map(len, sequences))
     padded = [np.array([*s, *[0] * (length - len(s))], np.int32) for s in sequences]
     return [np.asarray(forward(tokens, *constants)) for tokens in padded]

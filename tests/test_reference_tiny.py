@@ -1,6 +1,6 @@
 """precast compared with transformers and torch in float32, on tiny checkpoints of every supported shape.
 
-``tests/reference/make_reference.py`` recorded the answers of transformers; with torch installed, they are computed
+``tests/reference/make_reference.py`` recorded the answers of transformers. If torch is installed, they are computed
 again.
 """
 
@@ -35,7 +35,8 @@ PORTABLE = ("llama-untied-linear-biases", "qwen2-tied-llama3")
 
 BUCKETS, CAPACITY = (8, 16, 32), 160
 STRIDE = 20
-# Logits spread over a few units; float32 sums of some dozens of terms in another order differ by 1e-6 of that.
+# Logits have a range of a few units. Float32 sums of some dozens of terms in another order differ by 1e-6 of this
+# range.
 TOLERANCE = 1e-4
 
 
@@ -64,7 +65,7 @@ class Exported:
 
 @pytest.fixture(scope="session")
 def export_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Return a function that exports a checkpoint of the reference, once each."""
+    """Return a function that exports a reference checkpoint, each only once."""
     made: dict[str, Exported] = {}
 
     def make(name: str) -> Exported:

@@ -2,7 +2,7 @@
 
 import pytest
 
-# A replacement that prints its arguments; a build has a real setuptools of some version.
+# A replacement for setuptools that prints the second compiler argument of the extension.
 SETUPTOOLS = """
 def Extension(*_, extra_compile_args, **__):
     return extra_compile_args[1]

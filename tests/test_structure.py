@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("exporter", "loaders", "kernels", "tests")
 LONGEST_FUNCTION, LONGEST_FILE = 60, 500
-# start.py runs the command line, whose `precast.cli` becomes `__main__` when it is run as a file.
+# start.py imports cli.py, and cli.py imports start.py if it is run as a file.
 CYCLES = {frozenset({"precast.cli", "precast.start"})}
 
 
@@ -51,7 +51,7 @@ def components(edges: dict[str, set[str]]) -> list[set[str]]:
 def test_no_module_imports_itself_through_others() -> None:
     grimp = pytest.importorskip("grimp")
     graph = grimp.build_graph("precast", exclude_type_checking_imports=True, cache_dir=None)
-    # A package that imports its extension module seems to import itself.
+    # A package that imports its extension module would count as importing itself.
     edges = {name: graph.find_modules_directly_imported_by(name) - {name} for name in graph.modules}
     assert len(edges) > 100
     assert [sorted(cycle) for cycle in components(edges) if cycle not in CYCLES] == []
@@ -81,7 +81,7 @@ def test_files_are_short() -> None:
 
 
 def test_init_files_of_the_loaders_are_empty() -> None:
-    """Each would run at every start."""
+    """Each file would run at every start."""
     files = list((ROOT / "loaders").rglob("__init__.py"))
     assert len(files) > 5
     assert [str(path.relative_to(ROOT)) for path in files if path.read_text()] == []

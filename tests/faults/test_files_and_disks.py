@@ -100,7 +100,6 @@ def quick_export(tiny_artifact, tiny_source, monkeypatch):
 
     monkeypatch.setattr(pipeline, "_build", build)
     monkeypatch.setattr(pipeline, "record_golden", record)
-    # The source is written whatever the moment, so it must not be read through the disk that fails.
     options = {"buckets": (8, 16), "context": 64, "weights": "float32", "targets": ("cpu",)}
 
     def export(output: Path, *, overwrite: bool = False) -> None:
@@ -121,8 +120,8 @@ def quick_export(tiny_artifact, tiny_source, monkeypatch):
 def test_fault_12_an_export_whose_nth_write_fails_is_whole_or_absent(
     quick_export, tiny_artifact, disks, tmp_path, own_cache, how, there
 ):
-    """Fail at every operation of an export: no file is half-written, and no earlier file is lost."""
-    # The names of the old artifact and the new one differ.
+    """Let each operation of an export fail in turn: no file is partly written, and no earlier file is lost."""
+    # The model names of the old and the new artifact differ.
     old = json.loads((tiny_artifact / "manifest.json").read_text()) | {"name": "old"}
     refused = 0
     for n in range(1, 1000):
@@ -146,7 +145,7 @@ def test_fault_12_an_export_whose_nth_write_fails_is_whole_or_absent(
             refused += 1
             assert "No space left on device" in str(error)
             kept = [p.parent for p in parent.rglob("manifest.json")] if there else []
-            # A file that could not be renamed back stays beside it.
+            # A folder that could not be renamed back stays beside the artifact.
             assert [p for p in kept if read_manifest(p).name == "old" and is_whole(p)] == kept
             assert len(kept) == there
             if how == "once":
@@ -161,7 +160,7 @@ def test_fault_12_an_export_whose_nth_write_fails_is_whole_or_absent(
 
 
 def test_fault_12_killed_at_the_nth_write_an_artifact_is_whole_or_absent(tiny_artifact, tmp_path, python):
-    """Kill a process at every operation while it writes an artifact; the next process succeeds."""
+    """Kill a process at each operation in turn while it writes an artifact; the next process must succeed."""
     code = f"""
 import importlib.util, os, shutil, sys
 from pathlib import Path
@@ -294,7 +293,7 @@ def test_fault_13_extra_files_are_named_by_verify_and_read_by_nobody(
 def test_fault_13_modules_in_the_folder_it_is_run_from_are_not_imported(
     artifact_copy, tmp_path, own_cache, monkeypatch, answers
 ):
-    """This includes the child process that tries the artifact first."""
+    """Check this also for the child process that tries the artifact."""
     for name in ("numpy.py", "jaxlib.py", "json.py", "precast.py"):
         (artifact_copy / name).write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
     monkeypatch.chdir(artifact_copy)
@@ -342,6 +341,6 @@ def test_fault_13_what_is_no_file_in_the_cache_is_no_record(artifact_copy, own_c
 
 
 def test_signals_are_as_they_were():
-    """No test above leaves an alarm or a handler."""
+    """The tests above left no alarm and no signal handler."""
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     assert cache_folder().is_dir()

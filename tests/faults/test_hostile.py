@@ -241,7 +241,7 @@ def test_fault_04_a_link_in_place_of_the_manifest_is_refused(artifact_copy, refu
 def test_fault_04_a_hard_link_shows_nothing_of_what_it_leads_to(
     artifact_copy, run_refused, tmp_path, own_cache
 ):
-    """A hard link looks like a file, but contents with another hash are neither used nor shown."""
+    """A hard link looks like a regular file, but precast neither uses nor shows contents with another hash."""
     secret = tmp_path / "secret"
     secret.write_text("the launch code is 0000")
     path = artifact_copy / "tokenizer.json"

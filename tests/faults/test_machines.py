@@ -19,7 +19,7 @@ def change_target(**changes):
 
 @pytest.fixture
 def without_programs(artifact_copy):
-    """Remove all programs, so that reading one is an error."""
+    """Remove all programs, so that reading one raises an error."""
     for path in artifact_copy.rglob("*.xla"):
         path.unlink()
     return artifact_copy
@@ -41,7 +41,7 @@ def test_fault_08_a_wider_cpu_is_refused_before_a_program_is_read(
 
 
 def test_fault_08_the_same_host_is_not_refused(tiny_artifact, cli, python):
-    """A new process, which asks the CPU again, does not refuse it either."""
+    """A new process, which detects the CPU's features again, does not refuse the artifact either."""
     assert json.loads(cli("check", tiny_artifact, "--json").stdout)["targets"][0]["mismatches"] == []
     result = python("cli.py", "run", str(tiny_artifact), "--ids", "7,200,31", "-n", "2", "--json")
     assert result.returncode == 0, result.stderr
@@ -49,7 +49,7 @@ def test_fault_08_the_same_host_is_not_refused(tiny_artifact, cli, python):
 
 
 def test_fault_08_the_manifest_lists_the_features_of_the_executables(tiny_artifact):
-    """XLA's loader compares the features stated in executables with the machine; the manifest lists the same."""
+    """XLA's loader compares these features with the machine's, so the manifest must list the same ones."""
     from precast.loaders.artifact.machine import CODEGEN_FEATURES, cpu_features
     from precast.loaders.locate import read_manifest
 
@@ -65,7 +65,7 @@ def test_fault_08_the_manifest_lists_the_features_of_the_executables(tiny_artifa
 
 
 def spoil(data: bytes) -> bytes:
-    """Replace every instruction of an executable's machine code by an undefined one."""
+    """Replace every instruction in an executable's machine code with an undefined one."""
     spoiled, start, nothing = bytearray(data), -1, NO_INSTRUCTION[platform.machine()]
     while (start := data.find(b"\x7fELF", start + 1)) >= 0:
         (sections,) = struct.unpack_from("<Q", data, start + 0x28)
@@ -88,7 +88,7 @@ def spoil(data: bytes) -> bytes:
 def test_fault_08_an_undefined_instruction_has_an_error_text(
     artifact_copy, put, run_refused, own_cache, program
 ):
-    """The manifest says that the target fits, and every hash is right."""
+    """According to the manifest, the target fits this machine, and every hash is correct."""
     name = f"programs/cpu/{program}.xla"
     data = (artifact_copy / name).read_bytes()
     assert spoil(data) != data
@@ -123,7 +123,7 @@ def test_fault_09_another_jaxlib_is_refused_from_the_manifest_alone(
 def test_fault_09_another_jaxlib_s_executable_has_an_error_text_even_if_the_manifest_is_wrong(
     artifact_copy, put, run_refused, own_cache
 ):
-    """Move or remove parts of the serialised form, as between versions."""
+    """Move or remove parts of the serialised executable, as a change of jaxlib's format might."""
     name = "programs/cpu/decode.xla"
     data = (artifact_copy / name).read_bytes()
     for changed in (data[1:], data[: len(data) // 2], data[:100] + data[140:], data + data, data[::-1]):
@@ -150,7 +150,7 @@ def test_fault_10_custom_calls_that_are_not_ours_are_refused(
 def test_fault_10_an_executable_that_calls_what_its_manifest_does_not_list(
     artifact_copy, put, run_refused, own_cache, monkeypatch
 ):
-    """Refuse it before XLA gets a byte: a call of our kernel, XLA's or an unknown one, in the thunks or the HLO."""
+    """A call of any kind of kernel, in the thunks or the HLO, is refused before XLA reads a byte."""
     from precast.loaders.runtime import pjrt
 
     monkeypatch.setattr(pjrt.Client, "load", None)
@@ -174,7 +174,7 @@ def test_fault_10_a_manifest_that_lists_too_few_kernels(
     edit_manifest(artifact_copy, lambda m: m["targets"][0]["kernels"].remove(left_out))
     expected = f"program 'prefill_8' calls {left_out}, which the manifest does not list"
     assert expected in refusal("run", artifact_copy, "--ids", "7")
-    # Its StableHLO is not compiled either.
+    # The StableHLO of the program is not compiled either.
     edit_manifest(artifact_copy, change_target(runtime="stablehlo", jaxlib="any", cpu_features=[]))
     assert expected in refusal("run", artifact_copy, "--target", "cpu-x86-64-v2", "--compile", "--ids", "7")
 
@@ -193,7 +193,7 @@ def test_fault_10_stablehlo_that_calls_what_its_manifest_does_not_list(
     put(artifact_copy, name, data)
     text = refusal("run", artifact_copy, "--target", "portable", "--compile", "--ids", "7")
     assert "target 'portable': program 'decode' calls precast.argmax.v2, precast.embed.v1, precast.la" in text
-    # XLA does not find functions other than ours.
+    # XLA finds no functions other than precast's kernels.
     for kernel in (b"precast.layers.v2", b"precast.argmax.v2", b"precast.embed.v1", b"precast.linear.v1"):
         data = data.replace(kernel, b"lapack_sgetrf_ffi"[: len(kernel)])
     put(artifact_copy, name, data)
@@ -223,7 +223,7 @@ def test_fault_10_the_manifest_lists_every_custom_call_that_was_compiled_in(tiny
 
 
 def instructions(root) -> dict[str, int]:
-    """Return the number of instructions of each program's optimised HLO."""
+    """Return the number of instructions in each program's optimised HLO."""
     from precast.loaders.locate import read_manifest
     from precast.loaders.runtime import pjrt
 

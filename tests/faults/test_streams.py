@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or without a reader: every command ends with its own message."""
+"""Standard streams that are closed, full, or without a reader: every command ends with a message by precast."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def found(tiny_artifact, python, tmp_path_factory):
         ("inspect", tiny): EVERY,
         ("diff", tiny, none): EVERY,
         ("--version",): CLOSED,
-        ("run", tiny): CLOSED,  # which reads its standard input, and finds nothing
+        ("run", tiny): CLOSED,  # a command that reads its standard input, which is empty
         ("run", "--help"): CLOSED,
         ("chat", tiny): CLOSED,
         ("list", tiny): CLOSED,

@@ -1,4 +1,4 @@
-"""Strings by strangers in an artifact: no command sends any of them to a terminal unchanged."""
+"""Untrusted strings in an artifact: no command sends their control characters to a terminal."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def strings(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def kind(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Return the kind of a path: the same code reads the strings of all programs, or of all files."""
+    """Return the kind of a path. The same code reads the strings of all programs, or of all files."""
     names = tuple("#" if isinstance(step, int) else step for step in path)
     return (*names[:1], "*", *names[2:]) if names[0] in ("files", "arrays") else names
 

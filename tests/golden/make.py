@@ -2,10 +2,10 @@
 
     python tests/golden/make.py [--date 2026-11-22] [--output tests/golden] [--bare]
 
-Run it once for each format version, with the last code that writes this version, and commit the artifact. It is never
-regenerated: tests load it with later versions of precast. The script also runs in a checkout of an older precast (set
-`PYTHONPATH` to a folder that contains a symlink `precast` to the checkout). `--bare` leaves out the executables, for a
-version that is no longer supported.
+Run the script once for each format version, with the last code that writes this version, and commit the artifact. An
+artifact is never regenerated, because tests load it with later versions of precast. The script also runs in a checkout
+of an older precast: set `PYTHONPATH` to a folder that contains a symlink `precast` to the checkout. For a version that
+is no longer supported, `--bare` leaves out the executables.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LARGEST = 300_000
 
 
 def tokenizer_json() -> bytes:
-    """Return a tokenizer with a token for each byte and two more."""
+    """Return a tokenizer with a token for each byte and two further tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -73,7 +73,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def tensor(array: np.ndarray, number: int) -> Any:
-    """Return an array as a `SourceTensor`; from format 7 on, the matrices are in three block formats, in turn."""
+    """Return an array as a `SourceTensor`. Since format 7, the matrices use three block formats in turn."""
     from precast.exporter.sources.base import SourceTensor
     from precast.loaders.artifact.manifest import FORMAT_VERSION
 
@@ -112,12 +112,12 @@ def source() -> Any:
 
 
 def export_golden(folder: Path) -> None:
-    """Export the default targets, with the newest kind of weights and, if this format has them, a stored prefix."""
+    """Export the default targets with the format's latest kind of weights and, if the format has prefixes, a prefix."""
     from precast.exporter.export import export
     from precast.exporter.options import ExportOptions
     from precast.loaders.artifact.manifest import FORMAT_VERSION
 
-    # Format 1 has only float32, and format 7 is the first with mixed weights.
+    # Format 1 has only float32 weights. Format 7 is the first format with mixed weights.
     weights = "float32" if FORMAT_VERSION == 1 else "bfloat16" if FORMAT_VERSION < 7 else "source"
     export(source(), folder, ExportOptions(buckets=(8,), context=32, weights=weights))
     if FORMAT_VERSION > 5:

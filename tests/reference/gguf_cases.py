@@ -1,7 +1,7 @@
-"""Tiny models of every GGUF architecture, and writers of each as a GGUF file and as a Hugging Face checkpoint.
+"""Tiny models of every GGUF architecture, which can be written as a GGUF file and as a Hugging Face checkpoint.
 
-`write_gguf` writes files as llama.cpp's converter does, with the names and keys of its `gguf` library, so that the
-reader is not checked against its own tables.
+`write_gguf` writes files as llama.cpp's converter does. It uses the names and keys of the `gguf` library, so that the
+tests do not compare precast's reader with its own tables.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ class Case:
         architecture: name of the architecture in GGUF files.
         config: keys of config.json that differ between cases.
         layer: shapes of a layer's tensors, by Hugging Face name.
-        metadata: writes the metadata keys of the architecture.
-        convert: converts a tensor as llama.cpp's converter does.
+        metadata: function that writes the metadata keys of the architecture.
+        convert: function that converts a tensor as llama.cpp's converter does.
         extra: additional tensors of the GGUF file, such as RoPE factors.
     """
 
@@ -60,7 +60,7 @@ class Case:
         return common | dict(self.config)
 
     def arrays(self) -> Arrays:
-        """Return random weights by Hugging Face name; norms are around 1, or around 0 if the converter adds 1."""
+        """Return random weights by Hugging Face name. Norm weights are near 1, or near 0 if the converter adds 1."""
         shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
         shapes |= {} if self.tied else {"lm_head.weight": (V, D)}
         for i in range(self.layers):
@@ -111,7 +111,7 @@ SANDWICH = PRE | norms("pre_feedforward_layernorm", "post_feedforward_layernorm"
 
 
 def permuted(name: str, array: np.ndarray) -> np.ndarray:
-    """Permute the rows of q and k for a RoPE that rotates neighbours."""
+    """Permute the rows of q and k for a RoPE that rotates neighbouring dimensions."""
     for part, heads in (("q_proj", N), ("k_proj", K)):
         if f".{part}." in name:
             halves = array.reshape(heads, 2, len(array) // heads // 2, *array.shape[1:])
@@ -124,7 +124,7 @@ def plus_one(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def stacked(arrays: Arrays) -> Arrays:
-    """Stack the experts of each layer in one tensor, under the name that the library maps."""
+    """Stack the experts of each layer into one tensor, named as the gguf library expects it."""
     out: Arrays = {}
     groups: dict[str, list[np.ndarray]] = {}
     for name, array in arrays.items():
@@ -213,7 +213,7 @@ LLAMA3 = {
 
 
 def llama3_factors(theta: float, size: int) -> np.ndarray:
-    """Compute the divisors one by one in float32, as the converter does."""
+    """Compute the frequency divisors one by one in float32, as the converter does."""
     out = []
     for i in range(0, size, 2):
         wavelength = 2 * math.pi * float(np.float32(theta) ** np.float32(i / size))
@@ -254,7 +254,7 @@ def gemma2_keys(writer: Writer) -> None:
 
 
 def gemma3_keys(writer: Writer) -> None:
-    """Write the keys of early converters, without the pattern and the local base."""
+    """Write the metadata keys as early converters did, without the window pattern and the local RoPE base."""
     from gguf import RopeScalingType
 
     key_lengths(24)(writer)

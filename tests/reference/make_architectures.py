@@ -6,12 +6,12 @@ Run by hand where torch is installed::
     python tests/reference/make_architectures.py gemma2 phi3     # write these architectures again
     python tests/reference/make_architectures.py --check         # compute everything again and compare
 
-``architectures.json`` lists the checkpoints. A record holds a seed and the tensors' names and shapes, as
-``save_pretrained`` writes them, instead of weights. `write_checkpoint` recreates the same files without torch, so the
-tests also run where torch is not installed. Everything is computed in float32.
+``architectures.json`` lists the checkpoints. Instead of weights, a record contains a seed, and the names and shapes of
+the tensors as ``save_pretrained`` writes them. From these, `write_checkpoint` recreates the same files without torch,
+so the tests also run where torch is not installed. All computations are in float32.
 
-The best token of every step leads by more than `MARGIN`, so that another order of summation cannot change an answer.
-The script tries seeds until this holds.
+In every step, the largest logit leads by more than `MARGIN`, so that another order of summation cannot change an
+answer. The script tries seeds until it finds one for which this is true.
 """
 
 import argparse
@@ -36,9 +36,9 @@ MARGIN = 1e-3
 # Some prompts exceed the windows.
 LENGTHS = (3, 8, 21, 32)
 BUCKETS, CAPACITY, TOKENS = (4, 8), 96, 64
-# Strides over logits and over positions of a long pass, which keep the files small.
+# Only every n-th logit, and every n-th position of a long pass, is stored, to keep the files small.
 STRIDE, POSITIONS = 6, 8
-# A broken model might also give an answer with fewer distinct tokens.
+# The minimum number of distinct tokens in an answer. A broken model might give the same answer with fewer.
 DIFFERENT = 8
 PROMPTS = 12  # candidates for each set of weights
 
@@ -50,17 +50,17 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class TinyCheckpoint:
-    """A checkpoint to make.
+    """The description of a checkpoint to make.
 
     Attributes:
-        config: differences from `SHAPE`.
+        config: config keys that differ from `SHAPE`.
         dtype: type of the stored weights.
         shards: number of weight files.
         lengths: lengths of the prompts.
         old_spelling: True if config.json spells RoPE and layers as transformers 4 did.
-        with_head: True if the file has an output head although it is tied.
-        with_buffers: True if the file has the buffers of old checkpoints.
-        bare: True if names lack the model's prefix ("h.0.…"), as in the first GPT-2.
+        with_head: True if the file contains an output head although the head is tied.
+        with_buffers: True if the file contains the buffers of old checkpoints.
+        bare: True if tensor names lack the model's prefix ("h.0.…"), as in the original GPT-2.
     """
 
     name: str
@@ -94,21 +94,21 @@ def read_records() -> dict[str, Record]:
 def read_logits(record: Record) -> dict[str, np.ndarray]:
     """Return every `STRIDE`-th of transformers' logits.
 
-    ``first`` and ``last`` ``[cases, …]`` are the logits of each answer's first and last token; ``uncached`` ``[…, …]``
-    are those at every `POSITIONS`-th position of the last prompt with its answer, in one pass.
+    ``first`` and ``last`` ``[cases, …]`` are the logits for the first and the last token of each answer. ``uncached``
+    ``[…, …]`` are the logits at every `POSITIONS`-th position of the last prompt and its answer, from one pass.
     """
     with np.load(RECORDS / f"{record['config']['model_type']}.npz") as arrays:
         return {kind: arrays[f"{record['name']}.{kind}"] for kind in ("first", "last", "uncached")}
 
 
 def subject(model_type: str) -> Record:
-    """Return the checkpoint whose config is changed key by key: the architecture's last one without buffers."""
+    """Return the checkpoint whose config keys are changed: the architecture's last one without buffers."""
     records = [r for r in read_records().values() if r["config"]["model_type"] == model_type]
     return [r for r in records if not r["buffers"]][-1]
 
 
 def read_mutations(name: str) -> list[dict[str, Any]]:
-    """Return changes of a checkpoint's config with transformers' results, from ``make_mutations.py``."""
+    """Return the recorded changes of a checkpoint's config, with transformers' results (see ``make_mutations.py``)."""
     rows = json.loads(MUTATIONS.read_text(encoding="utf-8"))
     return [row for row in rows if row["name"] == name]
 
@@ -126,21 +126,21 @@ def make_tensors(record: Record) -> dict[str, np.ndarray]:
 
 
 def _values(record: Record, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    # Uniform, because these random numbers need no function whose rounding differs between machines.
+    # The numbers are uniform, because other distributions need functions whose rounding differs between machines.
     random = np.random.RandomState(zlib.crc32(f"{record['seed']} {name}".encode()))
     spread, centre = _scale(record, name, shape)
     return (2 * random.random_sample(shape) - 1) * (spread * 3**0.5) + centre
 
 
 def _scale(record: Record, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Return standard deviation and mean; every part affects the logits, whose deviation is a few units."""
+    """Return the standard deviation and mean of a tensor, such that every tensor affects the logits."""
     config = record["config"]
     gemma = config["model_type"].startswith("gemma")
     tied = config.get("tie_word_embeddings", True)
-    # Large scaled embeddings would dominate the layers, and the model would repeat the newest token.
+    # Large scaled embeddings would dominate the layers, so the model would repeat the latest token.
     scale = config["hidden_size"] ** 0.5 if gemma else max(config.get("embedding_multiplier", 1.0), 1.0)
     if name.endswith("bias"):
-        return 0.15, 0.0  # with larger ones the answer would not depend on the text
+        return 0.15, 0.0  # with larger values, the answer would not depend on the prompt
     if name.endswith(("q_norm.weight", "k_norm.weight")):
         return 0.3, 0.7 if gemma else 1.7
     if "norm" in name or "ln_" in name:
@@ -155,7 +155,7 @@ def _scale(record: Record, name: str, shape: tuple[int, ...]) -> tuple[float, fl
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """Return the sha256 of names and values."""
+    """Return the sha256 of the tensors' names and values."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         found.update(name.encode() + tensors[name].tobytes())
@@ -163,7 +163,7 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def write_checkpoint(folder: Path, record: Record, config: Mapping[str, Any] | None = None) -> None:
-    """Write a Hugging Face directory; `config` replaces the record's."""
+    """Write a record's checkpoint as a Hugging Face folder; `config` replaces the record's config."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def write_checkpoint(folder: Path, record: Record, config: Mapping[str, Any] | N
 
 
 def make_record(tiny: TinyCheckpoint, seed: int) -> dict[str, Any]:
-    """Return the record of a checkpoint without answers."""
+    """Return the record of a checkpoint, without answers."""
     config, shapes = _skeleton(tiny)
     if tiny.bare:
         shapes = {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
@@ -243,7 +243,7 @@ def respell(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _buffers(tiny: TinyCheckpoint, config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the shapes of buffers, which are all zeros, so that a reader that uses them fails."""
+    """Return the shapes of the buffers. The buffers contain zeros, so that a reader that uses them is detected."""
     if tiny.model_type == "gpt2":
         n = config["n_positions"]
         return {f"h.{i}.attn.bias": [1, 1, n, n] for i in range(config["n_layer"])}
@@ -255,7 +255,7 @@ def _buffers(tiny: TinyCheckpoint, config: Mapping[str, Any]) -> dict[str, list[
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """transformers' answers to prompts, their smallest lead, and logits as in `read_logits`."""
+    """transformers' answers to prompts, the smallest lead of a token, and logits as in `read_logits`."""
 
     cases: list[dict[str, Any]]
     margin: float
@@ -263,14 +263,14 @@ class Answers:
 
 
 def load_reference(record: Record, config: Mapping[str, Any] | None = None) -> Any:
-    """Load the model with transformers and eager attention, because other kinds omit soft caps."""
+    """Load the model with transformers and eager attention, because its other attention kernels omit soft caps."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), record, config)
         return make_reference.load_reference(Path(folder), attn_implementation="eager")
 
 
 def answer(record: Record, prompts: Sequence[Iterator[list[int]]]) -> Answers | None:
-    """Answer the first prompt of each length that is far from ties; None if a length has none."""
+    """Answer the first prompt of each length that is far from ties; return None if a length has none."""
     model = load_reference(record)
     found = [_answer(model, candidates) for candidates in prompts]
     cases = [case for case in found if case is not None]
@@ -303,7 +303,7 @@ def candidates(seed: int, length: int) -> Iterator[list[int]]:
 
 
 def make(tiny: TinyCheckpoint) -> tuple[dict[str, Any], Answers]:
-    """Return a record with answers, for the first seed that has one for every length."""
+    """Return a record with answers, for the first seed that has an answer for every length."""
     for seed in itertools.count(1):
         record = make_record(tiny, seed)
         answers = answer(record, [candidates(seed, length) for length in tiny.lengths])

@@ -5,8 +5,8 @@ Run by hand where torch is installed::
     python tests/reference/make_generation.py            # write everything again
     python tests/reference/make_generation.py --check    # compute everything again and compare
 
-The model is the tiny checkpoint `MODEL`. Every step's best token leads by more than `MARGIN`, so that another order of
-summation cannot change an answer.
+The model is the tiny checkpoint `MODEL`. In every step, the largest logit leads by more than `MARGIN`, so that another
+order of summation cannot change an answer.
 """
 
 import argparse
@@ -24,12 +24,12 @@ MARGIN = 1e-3
 
 PROMPT = (101, 197, 110, 101, 197, 69)
 TOKENS = 16
-# The first tokens of the greedy answer to PROMPT. Most cases forbid them or end at them.
+# The first tokens of the greedy answer to PROMPT. Most cases forbid these tokens, or end at one of them.
 GREEDY = "greedy"
 
 
 def cases(greedy: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Return the settings of every case by name; `greedy` has none."""
+    """Return the settings of each case by name; the case `greedy` has no settings."""
     first, second, third = greedy[:3]
     ends = {"eos_token_id": first}
     return {
@@ -65,12 +65,12 @@ def cases(greedy: Sequence[int]) -> dict[str, dict[str, Any]]:
 
 
 def settings(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a file: the case's own, a limit, and an end token that never occurs."""
+    """Return the keys of generation_config.json: those of the case, a limit, and an end token that never occurs."""
     return {"max_new_tokens": TOKENS, "eos_token_id": 330, **said}
 
 
 def write_checkpoint(folder: Path, said: Mapping[str, Any], *, in_config: bool) -> None:
-    """Write the checkpoint with the settings in generation_config.json, or else in config.json."""
+    """Write the checkpoint, with the settings in generation_config.json or, if `in_config`, in config.json."""
     shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("generation_config.json", "reference.*"))
     shutil.copy(HERE / "tiny" / "tokenizer.json", folder)
     if in_config:
@@ -81,7 +81,7 @@ def write_checkpoint(folder: Path, said: Mapping[str, Any], *, in_config: bool) 
 
 
 def answer(folder: Path) -> tuple[list[int], float]:
-    """Return transformers' answer and the smallest margin of a best token."""
+    """Return transformers' answer, and the smallest lead of a chosen token."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Write ``mutations.json``: transformers' logits after a change of one key of a tiny checkpoint's config.
+"""Write ``mutations.json``: transformers' logits after the change of one key in a tiny checkpoint's config.
 
 Run by hand where torch is installed, after ``make_architectures.py``::
 
@@ -21,7 +21,7 @@ import make_architectures
 import make_reference
 import numpy as np
 
-# Keys without an effect on the forward pass, or that select the architecture.
+# Keys that have no effect on the forward pass, or that select the architecture.
 LEFT = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
 # Replacements for null and for absent keys.
 VALUES: Mapping[str, Any] = {

@@ -19,7 +19,7 @@ V = 12
 PROMPT = (3, 1, 4, 1, 5)
 ANSWER = (9, 2, 1)
 ENDS = (0, 7)
-# Parameters of `SamplingParams`, in each case for the token after PROMPT and ANSWER.
+# The parameters of `SamplingParams` for each case. The processors run for the token after PROMPT and ANSWER.
 CASES: Mapping[str, Mapping[str, Any]] = {
     "nothing": {},
     "bias": {"logit_bias": {"1": 2.5, "7": -100.0, "11": 100.0}},
@@ -50,7 +50,7 @@ def logits() -> np.ndarray:
 
 
 def scores(said: Mapping[str, Any]) -> list[float | None]:
-    """Return the logits after transformers' processors, [V]; None for those of forbidden tokens."""
+    """Return the logits [V] after transformers' processors; None for each forbidden token."""
     import torch
     from transformers.generation import logits_process as process
 

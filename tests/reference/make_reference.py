@@ -5,13 +5,13 @@ Run by hand where torch and accelerate are installed::
     python tests/reference/make_reference.py            # write everything again
     python tests/reference/make_reference.py --check    # compute everything again and compare
 
-The tests compare precast with these files, so they need neither.
+The tests compare precast with these files, so they do not need these packages.
 
-``tiny_checkpoints.json`` and ``demo_prompts.json`` list the checkpoints and prompts. ``tiny/<name>/`` is a checkpoint
-with random weights, as ``save_pretrained`` writes it, and its answers; all share ``tiny/tokenizer.json``.
-``demo.json`` holds answers of the demo model. The best token of every step leads by more than `MARGIN`, so that
-another order of summation cannot change an answer. The script tries seeds for the tiny models, and prompts for the demo
-model, until this holds.
+``tiny_checkpoints.json`` and ``demo_prompts.json`` list the checkpoints and prompts. ``tiny/<name>/`` contains a
+checkpoint with random weights, as ``save_pretrained`` writes it, and its answers. All checkpoints use
+``tiny/tokenizer.json``. ``demo.json`` contains the answers of the demo model. In every step, the largest logit leads by
+more than `MARGIN`, so that another order of summation cannot change an answer. The script tries seeds for the tiny
+models, and prompts for the demo model, until this is true.
 """
 
 import argparse
@@ -39,7 +39,7 @@ LENGTHS = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70, 96, 143, 159)
 TOKENS = 20
 # The prompt length whose continuation fills the cache to its last position.
 FILLED = 143
-# Stride over most logits, which keeps the files small.
+# For most steps, only every n-th logit is stored, to keep the files small.
 STRIDE = 20
 
 SHAPE = {
@@ -57,14 +57,14 @@ SHAPE = {
 
 @dataclass(frozen=True, kw_only=True)
 class TinyCheckpoint:
-    """A checkpoint to make.
+    """The description of a checkpoint to make.
 
     Attributes:
-        config: differences from `SHAPE`.
+        config: config keys that differ from `SHAPE`.
         rope: RoPE scaling in the spelling of transformers 5; empty for none.
         old_spelling: True if config.json has ``rope_theta`` and ``rope_scaling``, as transformers 4 wrote it.
         dtype: type of the stored weights.
-        shard_size: largest file, as an argument of ``save_pretrained``.
+        shard_size: maximum size of a file, as an argument of ``save_pretrained``.
     """
 
     name: str
@@ -109,7 +109,7 @@ class TinyAnswers:
 
     @property
     def varied(self) -> bool:
-        """True if answers are not mostly one repeated token, which a broken model might also give."""
+        """True if the answers do not mostly repeat one token, as the answers of a broken model might."""
         return sum(len(set(t)) for t in self.tokens) * 2 > sum(map(len, self.tokens))
 
 
@@ -134,7 +134,7 @@ def answer_tiny(folder: Path, prompts: Sequence[Sequence[int]]) -> TinyAnswers:
 
 
 def make_tiny(tiny: TinyCheckpoint) -> None:
-    """Return the first seed with varied answers that are far from ties."""
+    """Return the first seed whose answers are varied and far from ties."""
     folder = TINY / tiny.name
     for seed in itertools.count(1):
         save_tiny(tiny, folder, seed)
@@ -177,9 +177,9 @@ def save_tiny(tiny: TinyCheckpoint, folder: Path, seed: int) -> None:
 
 
 def scale(name: str, parameter: Any, *, tied: bool) -> tuple[float, float]:
-    """Return standard deviation and mean; every part affects the logits, whose deviation is a few units."""
+    """Return the standard deviation and mean of a parameter, such that every parameter affects the logits."""
     if tied and "embed_tokens" in name:
-        return 0.25, 0.0  # with a larger one the model would repeat the newest token
+        return 0.25, 0.0  # with a larger one, the model would repeat the latest token
     if "norm" in name:
         return 0.3, 1.0
     if name.endswith("bias"):
@@ -203,7 +203,7 @@ def respell(path: Path) -> None:
 
 
 def write_tokenizer(path: Path) -> None:
-    """Return a byte-level tokenizer small enough for every tiny vocabulary."""
+    """Write a byte-level tokenizer that is small enough for every tiny vocabulary."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -290,10 +290,10 @@ DEMO_LENGTHS = (2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 600, 1000)
 
 
 def demo_candidates(encode: Any, render: Any) -> Iterator[list[dict[str, Any]]]:
-    """Return the prompts, each with alternatives in case an answer is close to a tie."""
+    """Yield the prompts, each with alternatives for the case that an answer is close to a tie."""
     prompts = json.loads((HERE / "demo_prompts.json").read_text(encoding="utf-8"))
     for text in prompts["texts"]:
-        # An alternative to a text is the text with a little more of its continuation.
+        # The alternatives to a text are the text with short additions.
         variants = [text, *(text + more for more in (" ", " so", " and"))]
         yield [{"text": t, "prompt_token_ids": encode(t)} for t in variants]
     for messages in prompts["chats"]:
@@ -306,7 +306,7 @@ def demo_candidates(encode: Any, render: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 def demo_tokenizer() -> tuple[Any, Any]:
-    """Return ``encode`` and ``render`` of transformers' own tokenizer and chat template of the file."""
+    """Return ``encode`` and ``render`` of the tokenizer and chat template that transformers reads from the file."""
     from transformers import AutoTokenizer
 
     from precast.exporter.sources import demo
@@ -355,7 +355,7 @@ def versions() -> str:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Return JSON with one case a line, for readable diffs."""
+    """Write JSON with one case per line, so that diffs are readable."""
     if indent is None and isinstance(value, dict) and "cases" in value:
         lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in value["cases"])
         head = json.dumps({k: v for k, v in value.items() if k != "cases"}, ensure_ascii=False)
@@ -383,7 +383,7 @@ def tiny_differences(folder: Path) -> list[str]:
 
 
 def demo_differences(model: Any, cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the differences for some of the demo model's cases, as `tiny_differences` does."""
+    """Return the differences between some of the demo model's recorded answers and transformers' current answers."""
     found = []
     for case in cases:
         run = generate(model, case["prompt_token_ids"], len(case["token_ids"]))

@@ -1,6 +1,6 @@
 """Make `sample.jsonl.xz` from a clone of github.com/guidance-ai/jsonschemabench: python make.py CLONE.
 
-The sample takes small schemas of the families whose sources are under the Apache licence 2.0 (README.md names them).
+The sample contains small schemas from the families whose sources have the Apache licence 2.0 (README.md lists them).
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 FAMILIES = ("BFCL", "Glaiveai2K", "JME", "JsonSchemaStore", "Kubernetes", "Snowplow")
 EACH = 70
-LONGEST = 6_000  # characters of a schema with its instances
+LONGEST = 6_000  # maximum number of characters in a schema with its instances
 MOST_INSTANCES = 4
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     (clone,) = sys.argv[1:]
     listing = git(clone, "ls-tree", "-r", "-l", "HEAD", "maskbench/data").splitlines()
     sizes = ((path, line.split()[3]) for line in listing for path in line.split("\t")[1:])
-    # Files are indented: a schema of LONGEST characters is smaller than this. A partial clone lacks large files.
+    # Limit for a file, which is indented: a schema of LONGEST characters takes less. A partial clone lacks large files.
     names = [path for path, size in sizes if size.isdigit() and int(size) < 5 * LONGEST]
     rows = [row for family in FAMILIES for row in sample(clone, family, sorted(names))]
     text = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
