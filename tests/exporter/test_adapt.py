@@ -75,7 +75,7 @@ def _own_shapes(spec: ModelSpec) -> Shapes:
 
 
 def _fits(spec: ModelSpec, tensors: Mapping[str, SourceTensor]) -> bool:
-    """Return True if every parameter has its sources and no tensor is left over."""
+    """Return True if every parameter has all of its source tensors, and no tensor is left over."""
     parameters = abstract_model(spec).parameters
     shapes = all(
         tensors[s].shape == p.source_shape == tensors[s].read().shape for p in parameters for s in p.sources

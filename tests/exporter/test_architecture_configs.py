@@ -91,7 +91,7 @@ _VARIATIONS: Mapping[str, list[dict[str, Any]]] = {
 
 def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
     for model_type in sorted(ARCHITECTURES):
-        # transformers' default number of key and value heads may exceed a small number of query heads.
+        # With few query heads, transformers' default number of key/value heads may be larger than their number.
         many = {} if model_type == "gpt2" else {"num_attention_heads": 32, "hidden_size": 64}
         for changes in ({}, *_VARIATIONS[model_type]):
             yield model_type, {**many, **changes}

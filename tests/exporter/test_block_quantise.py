@@ -9,8 +9,8 @@ from precast.exporter.block_quantise import encode
 from precast.loaders.artifact.errors import PrecastError
 
 FORMATS = pytest.mark.parametrize("name", BLOCK_FORMATS)
-# Root mean square error for normally distributed weights, as a share of their standard deviation. The formats of GGML
-# lose 5 to 15 % more with GGML's own quantisation.
+# The maximum root mean square error for normally distributed weights, as a share of their standard deviation. GGML's
+# own quantisation to its formats has 5 to 15% larger errors.
 LOSSES = {
     "q8_0": 0.0049,
     "q4_0": 0.088,
@@ -45,7 +45,7 @@ def test_the_error_of_normally_distributed_weights(name: str) -> None:
 @FORMATS
 @pytest.mark.parametrize("shape", [(1, 1), (3, 31), (17, 40), (16, 256), (20, 300), (5, 545)])
 def test_any_shape(name: str, shape: tuple[int, int]) -> None:
-    """A short last group or super-group is fitted to its own weights."""
+    """If the last group or super-group is shorter, its coefficients depend only on its own weights."""
     matrix = normal(shape, shape[1]) * np.float32(0.02)
     error = loss(matrix, again(name, matrix))
     assert error < 2 * LOSSES[name] * 0.02
@@ -53,7 +53,7 @@ def test_any_shape(name: str, shape: tuple[int, int]) -> None:
 
 @FORMATS
 def test_groups_of_very_different_magnitudes(name: str) -> None:
-    """A super-group shares its factors, so its smallest groups lose more, but never more than their own magnitude."""
+    """Groups share factors, so the smallest groups have larger errors, up to their own magnitude."""
     matrix = normal((32, 512)) * np.exp(normal((32, 16), 1)).repeat(32, axis=1)
     matrix[:, 64:96] *= np.float32(1e-4)
     matrix[:, 128:160] = 0

@@ -66,7 +66,7 @@ def test_the_choice_fits_and_no_single_step_would_be_better(
 
 
 def test_the_choice_is_the_best_of_all_where_the_budget_is_filled() -> None:
-    """With convex losses and steps of one size, the greedy choice is optimal."""
+    """If losses are convex and all steps have the same size, the greedy choice is optimal."""
     sizes, losses = [[1, 2, 3, 4]] * 5, [[8 * w, 4 * w, 2 * w, w] for w in (1.0, 7.0, 3.0, 0.1, 2.0)]
     for budget in range(5, 21):
         chosen = cheapest(sizes, losses, budget)

@@ -23,7 +23,8 @@ from precast.loaders.artifact.weights import map_weights
 from precast.loaders.load import load
 
 WORDS = "the quick brown fox jumps over the lazy dog; def fibonacci(n): return n; the cat sat on the mat. "
-# Configs, each with further norms of a layer: Gemma 2 has norms after attention and MLP; Qwen 3 norms q and k.
+# Configs with additional norms in each layer: Gemma 2 has norms after attention and MLP, and Qwen 3 has norms of q and
+# k.
 GEMMA2 = {
     "model_type": "gemma2",
     "query_pre_attn_scalar": 8,
@@ -46,7 +47,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def correlated(rng, tokens: int, inputs: int) -> np.ndarray:
-    """Return inputs of a product ``[tokens, in]`` in which a few directions have most of the variance."""
+    """Return inputs of a product, ``[tokens, in]``, with most of their variance in a few directions."""
     mixed = rng.standard_normal((tokens, inputs)) @ rng.standard_normal((inputs, inputs))
     return (mixed * np.exp(rng.normal(0, 1, inputs))).astype(np.float32)
 
@@ -73,7 +74,7 @@ def test_outputs_lose_less_than_with_plain_rounding(name: str, outs: int, inputs
     x, matrix = correlated(rng, 400, inputs), rng.standard_normal((outs, inputs), np.float32)
     plain = stored.decode(block_quantise.encode(stored, matrix), *matrix.shape)
     found = calibrated(stored, matrix, x.T @ x)
-    # The smallest matrices can be almost exact, and lose no more than float16 coefficients do.
+    # The smallest matrices can be almost exact; their only errors are those of the float16 coefficients.
     most = max(relative_error(x, matrix, plain) * (0.75 if inputs >= 70 else 1.02), 2e-4)
     assert relative_error(x, matrix, found) <= most
 
@@ -133,7 +134,7 @@ def test_experts_are_rounded_alone(tiny_source) -> None:
 
 
 def test_a_calibrated_artifact_is_closer_to_the_model(export_tiny, text: Path) -> None:
-    """The roundings suit the text that calibrates, so the logits after it lose less. They are the same each time."""
+    """The rounding suits the calibration text, so its logits have smaller errors. It is deterministic."""
     roots = [
         export_tiny(weights=weights, kv_cache="float32", targets=("cpu",), calibrate=given)
         for weights, given in (("float32", None), ("int4", None), ("int4", text), ("int4", text))
@@ -156,7 +157,7 @@ def logits(model, text: str) -> np.ndarray:
 
 
 def test_blocks_keep_their_values(tiny_source, export_tiny, decode_blocks, text: Path) -> None:
-    """One matrix comes with minima, another without; the rest is calibrated."""
+    """One source matrix has minima, and another has none; all other matrices are calibrated."""
     source = tiny_source()
     rng = np.random.default_rng(0)
 

@@ -1,4 +1,4 @@
-"""Chat markers: each becomes one token, even if a GGUF file declares it as a word; a remark names the exceptions."""
+"""Chat markers: each becomes one token, even if a GGUF file declares it as a word; a remark lists all others."""
 
 import dataclasses
 import json

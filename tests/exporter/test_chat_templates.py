@@ -1,4 +1,4 @@
-"""Chat templates of a source: the files they come from, and the choice of the artifact's tokenizer."""
+"""Chat templates of a source: the files that contain them, and the template that the artifact's tokenizer uses."""
 
 import json
 from typing import Any

@@ -30,7 +30,7 @@ def body(model_type: str) -> str:
 
 
 def whole(script, model_type: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return config and tensors of a checkpoint, with full names."""
+    """Return the config of a checkpoint, and its tensors by their full names."""
     record = script.subject(model_type)
     arrays = script.make_tensors(record)
     prefix = body(model_type)
@@ -41,7 +41,7 @@ def whole(script, model_type: str) -> tuple[dict[str, Any], dict[str, np.ndarray
 
 @pytest.fixture
 def planned(tiny_source):
-    """Return the source of each parameter."""
+    """Return a function that plans a checkpoint's weights, and returns the source tensors by name."""
 
     def plan(config: Mapping[str, Any], arrays: Arrays) -> dict[str, np.ndarray]:
         spec = read_model(config, "config.json")
@@ -76,7 +76,7 @@ architectures = pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 
 @architectures
 def test_names_without_the_body(script, planned, model_type):
-    """A model with a tied head that was saved without the head has names without the body's prefix."""
+    """If a model with a tied head was saved without the head, the names of its tensors lack the body's prefix."""
     config, arrays = whole(script, model_type)
     config["tie_word_embeddings"] = True
     arrays.pop("lm_head.weight", None)

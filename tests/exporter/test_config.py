@@ -358,7 +358,7 @@ def test_a_disabled_option_has_no_effect(changes: Mapping[str, Any]) -> None:
     ],
 )
 def test_a_key_that_sets_the_shape(model_type: str, key: str, value: Any, field: str) -> None:
-    # A change of the width or of the number of heads would change the width of a head, too.
+    # A change of the width or of the number of heads would also change the head dimension.
     fixed = {"head_dim": 8, key: value}
     assert getattr(_read(model_type, **fixed).config, field) == value
     assert getattr(_read(model_type).config, field) != value

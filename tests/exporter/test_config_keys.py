@@ -85,7 +85,8 @@ def test_a_shared_attribute_has_its_place():
     assert not HARMLESS & UNSUPPORTED.keys()
 
 
-# Attributes of transformers 4 with their defaults; the source reads keys of generation_config.json.
+# Attributes of transformers 4 with their defaults. The keys of generation_config.json are left out: the source reads
+# them.
 OLDER = {
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
@@ -162,7 +163,7 @@ def test_layer_types_of_uniform_layers(model_type, changes, kind):
 
 @pytest.mark.parametrize("key", UNSUPPORTED)
 def test_a_key_supported_with_neutral_values_only(key):
-    """A neutral value has no effect; any other is refused by name. Llama reads some keys itself."""
+    """A neutral value has no effect, and any other is refused by name. Llama's config uses some of the keys."""
     for value in UNSUPPORTED[key].neutral:
         assert_same(read("gemma2", **{key: value}), read("gemma2"))
     on: Any = next(value for value in (True, 7, "x") if value not in UNSUPPORTED[key].neutral)

@@ -1,6 +1,7 @@
-"""Compiling the CUDA target without a GPU: XLA's compiler takes the description of an H100 instead.
+"""Compiling the CUDA target without a GPU: XLA's compiler gets the description of an H100.
 
-The tests need jax's plugin (jax-cuda12-pjrt in the version of jaxlib, without driver or CUDA) and skip without it.
+The tests need jax's plugin (jax-cuda12-pjrt in the version of jaxlib), but no driver and no CUDA. They are skipped if
+the plugin is missing.
 """
 
 import json
@@ -83,7 +84,7 @@ def test_programs_compile_for_an_absent_gpu():
     held = cache["results"]
     assert prefill["aliased"] == decode["aliased"] == 2 * 4 * 256 * 4 * 128 * 2
     assert held >= decode["aliased"]
-    # Weights are read in place: no layer's matrix is copied out of its stack.
+    # Weights are read in place, so no layer's matrix is copied out of its stack.
     matrix = 1024 * 4096 * 2
     assert decode["temporary"] < matrix
 

@@ -132,7 +132,7 @@ def tiny_programs(weights, ops=XLA_OPS, **config):
 
 @pytest.fixture(scope="module")
 def exported(export_tiny):
-    """Export the same model with both row-major and permuted layouts, and in bfloat16 with permuted ones."""
+    """Export a model with row-major layouts and with permuted layouts, and in bfloat16 with permuted layouts."""
     kinds = [on_the_cpu("plain", XLA_OPS, None), on_the_cpu("turned", XLA_OPS, turned_layouts)]
     kinds.append(on_the_cpu("bf16", CUDA_OPS, turned_layouts))
     with pytest.MonkeyPatch.context() as patch:
@@ -156,12 +156,12 @@ def test_pinned_layouts_give_the_same_tokens_through_the_loader(exported):
     tokens, logits = answers(load(exported[0], target=named["plain"].name))
     other, others = answers(load(exported[0], target=named["turned"].name))
     assert other == tokens
-    # The sums are equal, but in another order.
+    # The order of summation differs, so the sums differ slightly.
     np.testing.assert_allclose(others, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_with_pinned_layouts_answers_as_recorded(exported):
-    """The export compared the answers with the reference; this test replays them."""
+    """The export compared the answers with the reference; this test generates them again."""
     model = load(exported[1])
     golden = json.loads((exported[1] / "golden.json").read_text())["greedy"]
     assert sum(len(case["token_ids"]) for case in golden) > 5
@@ -268,7 +268,7 @@ def test_products_take_bfloat16_and_sum_in_float32(model_type):
 
 
 def test_products_of_a_single_row_with_weights_are_not_dots():
-    """For a dot, XLA for GPUs copies a layer's matrix out of the stack, so only attention's two products are dots."""
+    """For a dot, XLA would copy a layer's matrix out of the stack, so only attention's two products are dots."""
     decode = _decode_of_one(CUDA_OPS)
     text = jax.jit(decode.function).lower(*decode.abstract_arguments()).as_text()
     assert len(_DOT.findall(text)) == 2

@@ -9,8 +9,8 @@ from precast.exporter.sources.gguf.generation import end_tokens
 from precast.exporter.sources.gguf.markers import mistyped_markers
 from precast.exporter.sources.huggingface.source import _end_tokens
 
-# llama.cpp's list (src/llama-vocab.cpp). The last line has padding and the tokens between files, which end a generation
-# too.
+# llama.cpp's list (src/llama-vocab.cpp). The last line contains padding tokens, and tokens that separate files; they
+# end a generation too.
 LLAMA_CPP = """
     <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
     <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜>
@@ -51,7 +51,7 @@ def test_one_model_stops_at_the_same_tokens(tmp_path, text, kind):
 
 @pytest.mark.parametrize("text", LLAMA_CPP)
 def test_a_plain_token_ends_a_generation_if_its_text_is_unmistakable(tmp_path, text):
-    """Compare both kinds of source. Of the two, only a GGUF file's chat markers have their types repaired first."""
+    """Compare both kinds of source. For a GGUF file, the types of chat markers are repaired first."""
     tokens, types = ["a", "b", text, "c"], [NORMAL] * 4
     assert as_hub(tmp_path, tokens, types) == ((2,) if text in _UNMISTAKABLE else ())
     known = text in _UNMISTAKABLE or bool(mistyped_markers(tokens, types, {}))

@@ -56,7 +56,7 @@ def test_the_golden_answers_are_replayed(tiny_artifact, tiny_model, reference):
 
 
 def test_an_artifact_with_wrong_answers_is_not_shipped(export_refusal, tiny_source, monkeypatch):
-    """The reference gets other weights here, so right programs give answers that differ from the reference's."""
+    """In this test, the reference gets other weights, so the answers of correct programs differ from its answers."""
     original = recording.map_weights
 
     def other_weights(path):
@@ -103,7 +103,8 @@ def test_a_source_without_template_licence_or_special_tokens(tmp_path, tiny_sour
 def test_exports_of_one_day_are_equal(export_tiny, monkeypatch):
     """All files except executables are equal.
 
-    Executables may differ, because XLA numbers the programs of a process; test_targets compares those of two processes.
+    Executables may differ, because XLA numbers the programs of a process. test_targets compares the executables of two
+    processes.
     """
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     first, second = (read_manifest(export_tiny(buckets=(8,), targets=("cpu",))) for _ in range(2))
@@ -159,7 +160,7 @@ def test_named_templates_are_exported(tmp_path, tiny_source):
 
 
 def test_it_compiles_for_the_cpu_and_checks_in_full_precision(tmp_path, tiny_source, monkeypatch):
-    """JAX's defaults may be another device and a lower precision, and must not have an effect."""
+    """JAX's default device may be another, and its default precision lower; neither must have an effect."""
     import jax
 
     seen, build, check = [], pipeline.build_targets, golden.check
@@ -226,7 +227,7 @@ def test_a_read_error_of_the_source_is_reported(export_refusal, tiny_source):
 
 @pytest.mark.parametrize("method", ["write_bytes", "write_text"])
 def test_a_full_disk_at_any_file_leaves_nothing(export_refusal, tiny_source, monkeypatch, method):
-    """Each file that is written by a single call fails once. The first is the mark of the temporary folder."""
+    """Let each write of a file fail in turn. The first write is the marker of the temporary folder."""
     original, seen = getattr(Path, method), []
     stopped = (
         "writing stopped (No space left on device), and the unfinished folder was removed; free some space"

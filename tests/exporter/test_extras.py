@@ -13,7 +13,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.console.extras import need_export
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Modules whose name differs from the name of their package.
+# Modules whose names differ from those of their packages.
 MODULES = {"pyyaml": "yaml", "orbax-export": "orbax", "tensorflow-cpu": "tensorflow"}
 
 
@@ -23,7 +23,7 @@ def declared(requirements) -> set[str]:
 
 
 def imported() -> set[str]:
-    """Return the top-level modules that files of the exporter import, inside functions too."""
+    """Return the top-level modules that the exporter's files import, also inside functions."""
     found = set()
     for path in (ROOT / "exporter").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -36,7 +36,7 @@ def imported() -> set[str]:
 
 @pytest.fixture
 def missing(monkeypatch):
-    """Return the packages that the error names when none is installed."""
+    """Return the packages that the error names if none of them is installed."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PrecastError) as raised:
         need_export()

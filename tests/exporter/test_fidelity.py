@@ -54,7 +54,7 @@ def scorer(source, spec, tiny_model):
 
 @pytest.mark.parametrize("lengths", [[64, 20, 9], [9, 20, 64]])
 def test_its_logits_equal_the_forward_pass_s(scorer, reference, lengths):
-    """The scorer pads a window that is shorter than an earlier one, and does not cut a longer one."""
+    """The scorer pads a window that is shorter than an earlier window, and does not cut a longer one."""
     for length in lengths:
         window, first = ids(length), length // 2 - 1
         rows = list(scorer.logits(window, first))
@@ -131,7 +131,7 @@ def test_given_weights_are_not_read_again(tiny_model, spec, source, tiny_source)
     at_hand = dataclasses.astuple(fidelity.measure(tiny_model, spec, empty, weights=weights))
     layerwise = dataclasses.astuple(fidelity.measure(tiny_model, spec, source))
     assert at_hand[0] == layerwise[0]  # the text's name
-    # A program of all layers and a program for each layer differ in the last digits.
+    # The results of one program for all layers and of a program per layer differ in the last digits.
     assert at_hand[1:] == pytest.approx(layerwise[1:], rel=1e-3, abs=1e-9)
 
 

@@ -45,13 +45,13 @@ def read(tmp_path, **said):
 
 
 def test_every_key_of_transformers_is_listed():
-    """Detect keys that newer versions of transformers add."""
+    """The test fails if a newer version of transformers adds a key."""
     transformers = pytest.importorskip("transformers", reason="the keys are transformers' own")
     assert set(vars(transformers.GenerationConfig())) - {"_original_object_hash"} - KEYS.keys() == set()
 
 
 def test_the_defaults_of_transformers_are_neutral(tmp_path):
-    """Read a file that contains every default: it has no effect."""
+    """A file that contains all defaults has no effect."""
     transformers = pytest.importorskip("transformers", reason="the defaults are transformers' own")
     said = transformers.GenerationConfig._get_default_generation_params()
     said = {key: value for key, value in said.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Blocks of GGUF's quantised types, bit for bit the weights that the gguf library dequantises."""
+"""Blocks of GGUF's quantised types: their weights equal those of the gguf library, bit for bit."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from precast.exporter.sources.gguf.blocks import read_blocks
 from precast.exporter.sources.gguf.tensors import half_split_order
 from precast.exporter.sources.open import open_source
 
-# The bytes of a block at which each type has its float16 coefficients.
+# For each type, the offsets of the float16 coefficients in a block, in bytes.
 HALVES = {
     "q8_0": (0,),
     "q4_0": (0,),
@@ -28,7 +28,7 @@ KINDS = pytest.mark.parametrize("kind", BLOCK_FORMATS)
 
 
 def sizes(kind: str) -> tuple[int, int]:
-    """Return the weights and the bytes of a block."""
+    """Return the number of weights and the number of bytes in a block."""
     return GGML_QUANT_SIZES[GGMLQuantizationType[kind.upper()]]
 
 
@@ -86,7 +86,7 @@ def test_more_rows_than_are_read_at_a_time(decode_blocks, kind: str) -> None:
 
 @KINDS
 def test_rows_of_q_are_reordered_and_rows_can_be_cut(gguf_spec, tiny, decode_blocks, tmp_path, kind: str):
-    """256 inputs of a file are one block of 256 weights, the smallest that the larger types have."""
+    """The file has 256 inputs, because the blocks of the larger types contain 256 weights."""
     data = random_rows(kind, 256, 256 // sizes(kind)[0], 2)
     raw = {"blk.0.attn_q.weight": data}
     tensors = {name: tensor for name, tensor in gguf_spec().tensors.items() if name not in raw}

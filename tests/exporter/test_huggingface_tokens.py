@@ -14,7 +14,7 @@ from precast.exporter.sources.huggingface.tokenizer import read_tokenizer
 from precast.loaders.artifact.errors import PrecastError
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# "<a>" and "new" are in the vocabulary, the others are not.
+# Only "<a>" and "new" are in the vocabulary.
 MARKS = ("<a>", "new", "<b>", "<d e>")
 TEXTS = (
     "<a>",
@@ -74,7 +74,7 @@ def token(content: str, **flags: bool) -> dict[str, Any]:
 
 
 def _places(mark: str, flags: dict[str, bool], number: int) -> dict[str, dict[str, Any]]:
-    """Return the files beside tokenizer.json that define one token, for each place."""
+    """Return, for each place that may define a token, the files beside tokenizer.json."""
     full, config = token(mark, **flags), {"tokenizer_class": LIBRARY}
     typed = {"__type": "AddedToken", **full}
     return {
@@ -179,8 +179,8 @@ def test_precedence_of_contradicting_places(tmp_path, seed):
         "special_tokens_map": _any_map(rng) if rng.random() < 0.4 else None,
         "added_tokens": {m: numbers[m] for m in rng.sample(MARKS, 2)} if rng.random() < 0.4 else None,
     }
-    # If the flag `normalized` of a token changes, a tokenizer in memory still decodes by the old value, and a reloaded
-    # tokenizer by the new value.
+    # If a token's flag `normalized` changes, a tokenizer in memory still uses the old value to decode, but a reloaded
+    # tokenizer uses the new value.
     plain = doc["normalizer"] is None or not any(entry["normalized"] for entry in first)
     compare(write(tmp_path, tokenizer=doc, **files), decoded=plain)
 
@@ -284,7 +284,7 @@ def test_add_prefix_space_without_a_step_that_adds_one(tmp_path):
 
 
 def test_every_key_that_transformers_reads_is_known():
-    """Collect the keys from transformers' code: each is applied or harmless, or ends in "_token"."""
+    """Each key in transformers' code must be applied, be known as harmless, or end in "_token"."""
     import ast
 
     transformers = pytest.importorskip("transformers")
@@ -307,7 +307,7 @@ def test_every_key_that_transformers_reads_is_known():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name == "__init__":
                 keys |= {argument.arg for argument in node.args.args} - {"self"}
-    # Arguments of other methods of the same files, which fetch, save or pad.
+    # Arguments of other methods in the same files: methods that download, save or pad.
     keys -= set(
         """_from_pipeline proxies subfolder revision token cache_dir force_download gguf_file commit_message repo_id
         use_source_tokenizer tokenizer post_processor _json_padding _json_truncation _spm_precompiled_charsmap

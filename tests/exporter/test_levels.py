@@ -1,4 +1,4 @@
-"""The programs of every architecture stay within x86-64-v2, although no XLA flag enforces that."""
+"""The programs of every architecture use only instructions of x86-64-v2, although no XLA flag enforces this."""
 
 import dataclasses
 import datetime
@@ -32,7 +32,7 @@ def _script() -> Any:
 
 SCRIPT = _script()
 RECORDS = SCRIPT.read_records()
-# Vary weights, cache and slots in turn: their differences lie in kernels.
+# Vary the formats of weights and cache and the number of slots in turn, because they mainly affect the kernels.
 KINDS = (("int8", "bfloat16", 3), ("float32", "float32", 1), ("int4", "int8", 2), ("bfloat16", "float32", 1))
 
 

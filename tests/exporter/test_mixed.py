@@ -1,4 +1,4 @@
-"""Mixed parameters: their formats, how they are stored, and what the portable operations compute with them."""
+"""Mixed parameters: their formats, their storage, and the results of portable operations with them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ def matrices(count: int) -> np.ndarray:
 
 
 def tensor(array: np.ndarray, kind: str | None, dtype: str = "float32") -> SourceTensor:
-    """Return a source tensor; in a block format, its floats cannot be read."""
+    """Return a source tensor; if it has a block format, reading it as floats is an error."""
     if kind is None:
         return SourceTensor(shape=array.shape, dtype=dtype, read=array.copy)
     codes, *coefficients = quantise(BLOCK_FORMATS[kind], array)
@@ -148,7 +148,7 @@ def test_a_float_matrix_among_quantised_ones_is_named(tiny_source: Callable[[], 
 
 @pytest.mark.parametrize("kind", [None, "q4_k"])
 def test_a_scaled_matrix_is_stored_in_float32(tiny_source: Callable[[], Source], kind: str | None) -> None:
-    """The product with a factor is neither a bfloat16 number nor in a block format."""
+    """A matrix times a factor can be represented neither in bfloat16 nor in a block format."""
     up = Parameter(name="up", shape=(1, OUTS, INPUTS), sources=("a",))
     (matrix,) = matrices(1)
     scaled = scale(tensor(matrix, kind, "bfloat16"), 0.22)
@@ -164,7 +164,7 @@ def test_a_scaled_matrix_is_stored_in_float32(tiny_source: Callable[[], Source],
 
 
 def test_matrices_are_stored_one_after_another(tiny_source: Callable[[], Source], tmp_path: Path) -> None:
-    """In blocks or in floats, each matrix is at the place that the table says."""
+    """Each matrix is at the place that the table states, whether it is read as blocks or as floats."""
     sources = tuple(f"layer {i}" for i in range(len(NAMES)))
     up = Parameter(name="up", shape=(len(NAMES), OUTS, INPUTS), sources=sources)
     stack = matrices(len(NAMES))

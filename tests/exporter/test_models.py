@@ -1,4 +1,4 @@
-"""Parameters and shapes: names and stacks, and published models at full size."""
+"""Parameters and shapes: names, stacks, and published models at full size."""
 
 import json
 from collections.abc import Mapping
@@ -198,7 +198,7 @@ def test_published_models_have_their_published_number_of_parameters(name: str) -
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_run_in_the_abstract(name: str) -> None:
-    """Trace the whole forward pass by shapes, without allocating arrays of that size."""
+    """Trace the whole forward pass with abstract shapes, without allocating arrays of this size."""
     import jax
 
     spec = _spec(PUBLISHED[name][0])
@@ -253,7 +253,7 @@ for ops in (CPU_OPS, XLA_OPS):
 
 
 def test_programs_do_not_depend_on_jax_enable_x64(python) -> None:
-    """The kernels take int32, but under JAX_ENABLE_X64 a loop counts in int64."""
+    """The kernels require int32, but with JAX_ENABLE_X64 the counter of a loop is int64."""
     config = {
         "model_type": "llama",
         "hidden_size": 16,

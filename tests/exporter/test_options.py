@@ -23,7 +23,7 @@ def test_default_buckets_are_those_within_the_context(tmp_path, tiny_source):
 
 
 def longrope(limit):
-    """Return a model whose RoPE has other frequencies for contexts above 96 positions."""
+    """Return a model whose RoPE frequencies differ for contexts above 96 positions."""
     scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config |= {"vocab_size": 9, "max_position_embeddings": limit, "original_max_position_embeddings": 96}

@@ -65,7 +65,7 @@ def spec_of(function):
 
 
 def test_one_module_for_several_platforms_takes_no_platform_index():
-    """A module that jax.export makes for several platforms at once has such an argument, so each is lowered alone."""
+    """jax.export's modules for several platforms have such an argument, so each platform is lowered separately."""
     function = jax.jit(lambda x: (jnp.sin(x) + jnp.argmax(x),), keep_unused=True)
     spec = spec_of(function)
     shape = jax.ShapeDtypeStruct((3,), np.float32)

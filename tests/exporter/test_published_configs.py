@@ -13,7 +13,7 @@ from precast.exporter.models.parameters import abstract_model
 from precast.exporter.models.registry import ARCHITECTURES, ModelSpec, read_model
 from precast.loaders.artifact.errors import PrecastError
 
-# The models' own config.json, except for the divisors of LongRoPE, which are made up.
+# The published config.json of each model. Only the divisors of LongRoPE are invented.
 PUBLISHED: Mapping[str, Any] = json.loads(Path(__file__).with_name("published_configs.json").read_text())
 
 
@@ -77,7 +77,7 @@ def test_layers_without_positions() -> None:
 
 # --- every key of every published config --------------------------------------------------------------------
 
-# Keys, by model_type, that transformers ignores too, always or because of other keys.
+# For each model_type, the keys that transformers also ignores, either always or because of other keys.
 _SAYS_NOTHING: Mapping[str, set[str]] = {
     "gemma3_text": {"_sliding_window_pattern"},
     "gpt2": {

@@ -53,7 +53,7 @@ def plain(name: str, matrix: np.ndarray) -> np.ndarray:
 
 
 def element(name: str, arrays, o: int, k: int) -> np.float32:
-    """Decode one weight in the way that the documentation of the formats describes."""
+    """Decode one weight as the documentation of the formats describes."""
     scale = np.float32(arrays[1][o // 16, k // 32, o % 16])
     if name == "int8":
         return scale * np.float32(arrays[0][o // 16, k // 2, o % 16, k % 2])
@@ -114,7 +114,7 @@ def test_every_weight_lies_where_the_kernels_look(name, shape, seed):
     expected = [[element(name, arrays, o, k) for k in range(shape[1])] for o in range(shape[0])]
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.float32
-    # A misplaced value would be off by its own magnitude.
+    # The error of a misplaced value would be as large as the value.
     assert np.abs(found - matrix).max() < 0.5
 
 
@@ -197,7 +197,7 @@ def test_the_search_beats_plain_rounding(name, part, tails):
 @given(shape=shapes, seed=st.integers(0, 99), magnitude=st.floats(-8, 3))
 @settings(deadline=None, max_examples=50)
 def test_values_are_the_closest_under_the_scale_that_is_stored(name, shape, seed, magnitude):
-    """The scale is rounded to float16 first, and then the values; in the other order they would not be the closest."""
+    """Scales are rounded to float16 before values are rounded; otherwise, values might not be the closest."""
     matrix = normal(shape, seed) * np.float32(10**magnitude)
     stored = FORMATS[name]
     arrays = stored.encode(matrix)
@@ -230,7 +230,7 @@ def test_values_on_a_grid_are_exact(rows, groups, seed):
 
 @pytest.mark.parametrize("most", [1, 7])
 def test_weights_rounded_to_few_symmetric_steps_are_exact(most):
-    """Training with ternary weights, or with 4-bit weights that have no minimum, gives such weights."""
+    """Such weights result from training with ternary weights, or with 4-bit weights without a minimum."""
     values = np.random.default_rng(1).integers(-most, most + 1, (40, 64))
     values[:, ::32], values[:, 1::32] = -most, most
     matrix = values.astype(np.float32) * np.float32(0.0123)

@@ -22,10 +22,10 @@ from precast.loaders.load import load
 
 PROMPT = [i * 7 % 60 for i in range(1, 22)]  # longer than the largest bucket
 STEPS = 12
-# Tolerances by type of the KV cache, as shares of the logits' spread: for float32 sums in another order, and for keys
-# and values of 8 or 7 significant bits.
+# Tolerances by type of the KV cache, as shares of the range of the logits: for float32 sums in another order, and for
+# keys and values with 8 or 7 significant bits.
 LOST = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
-# Further tolerances by type of the weights: their products round activations to 16 or 8 bits.
+# Additional tolerances by format of the weights, because products round activations to 16 or 8 bits.
 ROUNDED = {"int8": 1e-3, "int4": 0.03}
 KINDS = [
     *((weights, "bfloat16") for weights in WEIGHTS if weights != SOURCE),
@@ -36,7 +36,7 @@ KINDS = [
 
 
 def forced(model: Any, ids: Sequence[int]) -> np.ndarray:
-    """Prefill the prompt, then decode the tokens `ids` whatever the model predicts; return the logits of each step."""
+    """Prefill the prompt, then decode the tokens `ids`, whatever the model predicts; return the logits of each step."""
     engine, cache = model.engine, model.engine.new_cache()
     step = engine.prefill(ids[: len(PROMPT)], cache)
     rows = [engine.logits(step)[0].copy()]
@@ -47,7 +47,7 @@ def forced(model: Any, ids: Sequence[int]) -> np.ndarray:
 
 
 def uncached(model: StoredModel, root: Path, ids: Sequence[int]) -> np.ndarray:
-    """Return the same logits of the reference, with the artifact's weights."""
+    """Return the logits of the reference for the same tokens, with the artifact's weights."""
     import jax
     import jax.numpy as jnp
 

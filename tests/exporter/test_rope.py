@@ -1,4 +1,4 @@
-"""RoPE by hand and by transformers: frequencies, tables, and configs in every spelling."""
+"""RoPE compared with manual calculation and with transformers: frequencies, tables, and configs in every spelling."""
 
 import math
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ PHI3_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope", "y
 
 
 def _rope(keys: Mapping[str, Any], head_dim: int = 8, max_positions: int = 64, **options: Any) -> Rope:
-    """Read a config of RoPE keys only, all of which must be taken."""
+    """Read a config that contains only RoPE keys, all of which must be taken."""
     reader = ConfigReader(keys, "config.json")
     rope = read_rope(reader, head_dim, max_positions, **options)
     reader.finish()
@@ -51,7 +51,7 @@ def _refusal(keys: Mapping[str, Any], **options: Any) -> str:
 
 
 def _check(rope: Rope, frequencies: list[float], magnitude: float = 1.0) -> None:
-    """Return the frequencies, which hold for every context."""
+    """Check the frequencies and the magnitude, which must be the same for every context."""
     assert rope.frequencies.dtype == np.float32
     assert (rope.max_context, rope.long_frequencies, rope.pairs) == (None, None, len(frequencies))
     np.testing.assert_allclose(rope.frequencies, frequencies, rtol=1e-6)
@@ -86,9 +86,9 @@ USUAL = 0.1 * math.log(4) + 1
 
 
 def _bound(rotations: float) -> float:
-    """Return the pair, as a fraction, with this many rotations in 1024 positions.
+    """Return the index of the pair, possibly fractional, that makes this number of rotations in 1024 positions.
 
-    Each pair rotates 10 times as often as the next one.
+    Each pair rotates 10 times as often as the next pair.
     """
     return math.log10(1024 / (2 * math.pi * rotations))
 
@@ -323,7 +323,7 @@ def test_the_original_context_may_be_at_the_top_level(scaling: Mapping[str, Any]
 
 
 def test_an_original_context_without_an_effect() -> None:
-    """If a model's config class has this key, it is accepted with every RoPE type; otherwise it is refused."""
+    """The key is accepted with every RoPE type if the model's config class has it; otherwise, it is refused."""
     key = "original_max_position_embeddings"
     _check(_rope({key: 4096}, original_positions=4096), [1.0, 0.1, 0.01, 0.001])
     _check(_rope({}, original_positions=4096), [1.0, 0.1, 0.01, 0.001])

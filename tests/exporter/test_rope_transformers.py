@@ -109,7 +109,7 @@ def test_tables_are_those_of_transformers(
     reference = LlamaRotaryEmbedding(config)
     for context in (POSITIONS, POSITIONS + 1, 2 * POSITIONS):
         cos, sin = reference(torch.zeros(1), torch.arange(context)[None])
-        # Powers differ in the last bit between the libraries, and so do the ends of interpolation ranges.
+        # The libraries' powers, and therefore the ends of interpolation ranges, differ in the last bit.
         np.testing.assert_allclose(rope.at_context(context), reference.inv_freq.numpy(), rtol=1e-6)
         for found, expected in zip(rope.tables(context), (cos, sin), strict=True):
             np.testing.assert_allclose(found, expected[0, :, : head_dim // 2].numpy(), rtol=0, atol=3e-5)

@@ -26,7 +26,7 @@ from precast.loaders.runtime.savedmodel import manifest_name, signature_name
 PROMPT = [7, 300, 12, 5, 101]
 FOLDER = "programs/savedmodel"
 
-# This script prefills and decodes with nothing but the manifest, without precast.
+# This script prefills and decodes without precast, and uses only the manifest.
 GENERATE = """
 import json, sys
 sys.modules["jax"] = sys.modules["jaxlib"] = sys.modules["precast"] = None
@@ -97,7 +97,7 @@ def test_the_manifest_describes_the_target(savedmodel_artifact):
     assert written - {"manifest.json"} == set(manifest.files)
     # TensorFlow's fingerprint contains a random number, so exports would differ.
     assert not [name for name in written if "fingerprint" in name]
-    # A copy of the files is complete: there are no empty folders.
+    # There are no empty folders, so a copy of the files is complete.
     assert all(any(p.iterdir()) for p in savedmodel_artifact.rglob("*") if p.is_dir())
 
 
@@ -128,7 +128,7 @@ def written(source, folder: Path) -> Path:
 def test_weights_are_variables_stored_once_and_the_graph_does_not_grow_with_them(
     savedmodel_artifact, tiny_source, tmp_path
 ):
-    """A graph's message holds at most 2 GB: constants would not fit."""
+    """The message of a graph is limited to 2 GB, so weights as constants would not fit."""
     # 20,000 tokens instead of 320: 7.6 MB more of weights.
     large = written(tiny_source(config={"vocab_size": 20_000}), tmp_path)
     graph, variables, weights = sizes(savedmodel_artifact)

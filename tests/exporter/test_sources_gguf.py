@@ -438,7 +438,7 @@ def test_a_special_token_beyond_the_vocabulary(gguf_spec, tmp_path):
 
 @pytest.mark.parametrize("name", ["sha256-0123abcd", "model", "model.bin", "model.GGUF"])
 def test_a_gguf_file_is_known_by_its_first_bytes(gguf_spec, tmp_path, name):
-    """Other programs name model files by their hash."""
+    """Other programs name model files after their hashes, without an ending."""
     path = gguf_spec().write(tmp_path).rename(tmp_path / name)
     assert open_source(str(path)).config["model_type"] == "llama"
 

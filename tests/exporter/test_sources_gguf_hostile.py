@@ -22,7 +22,7 @@ EVIL = {
     "I": (0, 1, 2, 3, 7, 8, 9, 13, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1),
     "Q": (0, 1, 2, 3, 31, 33, 64, 1 << 16, 1 << 27, 1 << 40, 1 << 61, (1 << 63) - 1, 1 << 63, (1 << 64) - 1),
 }
-# Far above the needs of a small file, far below the claims of a malicious header.
+# Far more memory than a small file needs, and far less than a malicious header claims.
 MEMORY = 16 << 20
 
 
@@ -71,7 +71,7 @@ TOKENS = text(b"tokenizer.ggml.tokens")
 
 
 def fields(data: bytes) -> list[tuple[int, str]]:
-    """Yield offset and type letter of every number in the header of a well-formed file."""
+    """Yield the offset and the type letter of every number in the header of a valid file."""
     found = [(4, "I"), (8, "Q"), (16, "Q")]
     at = 24
     tensors, keys = struct.unpack_from("<QQ", data, 8)
@@ -356,7 +356,7 @@ def test_a_big_endian_file(tmp_path):
 
 
 def test_a_sparse_file_has_no_room_for_a_longer_header(tmp_path):
-    """A sparse file can have any length at no cost, so its length alone does not limit a header."""
+    """A sparse file of any length takes no disk space, so the file's length alone does not limit a header."""
     path = tmp_path / "sparse.gguf"
     path.write_bytes(header(0, 2) + ARCHITECTURE + TOKENS + struct.pack("<IIQ", 9, 0, 1 << 33))
     with path.open("r+b") as file:

@@ -55,7 +55,7 @@ def metadata_of(pieces: list[str], scores: list[float], **keys: Any) -> dict[str
 
 
 def random_vocabulary(seed: int, **keys: Any) -> dict[str, Any]:
-    """Return pieces that form one another, some in several ways, with falling scores as after training."""
+    """Return pieces that can be joined to form other pieces, some in several ways, with decreasing scores."""
     generator = random.Random(seed)
     pieces = list(ALPHABET)
     while len(pieces) < 70:
@@ -78,7 +78,7 @@ def refusal(metadata: dict[str, Any]) -> str:
 
 
 def transformers_builds(builder: str, metadata: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer that one of transformers' builders for GGUF files makes."""
+    """Return the tokenizer that a builder of transformers makes from the same metadata."""
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
     asked = {key: metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type")}
     tokenizer: Tokenizer = getattr(mapping, builder)(asked).backend_tokenizer
@@ -139,7 +139,7 @@ def test_equal_scores_are_in_the_order_of_transformers(seed):
 
 
 def plainly(metadata: dict[str, Any], text: str) -> list[int]:
-    """Apply SentencePiece's rule: join the neighbours that form the piece of highest score, the leftmost if equal."""
+    """Apply SentencePiece's rule: join the neighbours with the highest score, from the left if equal."""
     ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     scores = metadata["tokenizer.ggml.scores"]
     symbols = list(("▁" + text if text else text).replace(" ", "▁"))
@@ -261,7 +261,7 @@ PHI = ["<|endoftext|>", "<|end|>", "<|user|>", "▁", "a", "▁a"]
     ("architecture", "swallowing"), [("phi3", ["</s>", "<|end|>", "<|user|>"]), ("llama", [])]
 )
 def test_tokens_of_phi_3_strip_the_spaces_after_them(architecture, swallowing):
-    """All special tokens but three strip spaces, as in llama.cpp; the GGUF files do not say so."""
+    """As in llama.cpp, all special tokens except three strip spaces, although GGUF files do not state this."""
     types = [2, 3, 3] + [6] * 256 + [3, 3, 4, 1, 1, 1]
     metadata = metadata_of(PHI, [0.0, 0.0, 0.0, -2.0, -3.0, -1.0], token_type=types)
     ours = built({"general.architecture": architecture, **metadata})

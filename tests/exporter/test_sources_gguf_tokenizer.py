@@ -38,7 +38,7 @@ NASTY = [
     "\U0001f600\U0010ffff\U00020000",
 ]
 
-# Only characters known to this Python: the libraries have newer Unicode tables, which agree on these.
+# Only characters that this Python's Unicode tables contain; the libraries' newer tables agree on these.
 TEXT = st.lists(
     st.one_of(
         st.characters(exclude_categories=("Cs", "Cn")).map(str),
@@ -164,7 +164,7 @@ PRES = ["smollm", "gpt-2", "llama-bpe", "qwen2", "default", "olmo", "dbrx", "tek
 
 @pytest.fixture(params=PRES)
 def pair(request, tiny):
-    """Return the tiny vocabulary's tokenizer under each pre-tokenizer: the one built, and one in plain Python."""
+    """For each pre-tokenizer, return two tokenizers of the tiny vocabulary: precast's, and one in plain Python."""
     metadata = tiny.vocabulary() | {
         "tokenizer.ggml.pre": request.param,
         "tokenizer.ggml.add_bos_token": False,

@@ -1,4 +1,4 @@
-"""The hub: the form of ids and the errors of failures. No test here needs a network."""
+"""The hub: the form of ids, and the error for each failure. The tests need no network."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Quantised checkpoints in safetensors: GPTQ, AWQ, FP8 and compressed-tensors.
 
-The weights are packed here, number by number, as the formats' documents describe it.
+The tests pack the weights number by number, as the documents of the formats describe.
 """
 
 import json
@@ -22,12 +22,12 @@ from precast.loaders.artifact.errors import PrecastError
 
 BASE = "model.layers.0.mlp.up_proj"
 FP8 = ml_dtypes.float8_e4m3fn
-# AWQ puts these of eight consecutive outputs into the half bytes of an int32, from the lowest.
+# The order in which AWQ stores eight consecutive outputs in the half bytes of an int32, from the lowest.
 AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def words(numbers: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
-    """Pack each row of numbers into int32, in this order within a word, lowest bits first."""
+    """Pack each row of numbers into int32, in the given order within a word, from the lowest bits."""
     per = 32 // bits
     order = range(per) if order is None else order
     rows = []
@@ -148,7 +148,7 @@ CASES = {
 
 @pytest.mark.parametrize(("quantization", "case"), CASES.values(), ids=CASES)
 def test_weights_are_dequantised(checkpoint, quantization, case) -> None:
-    """float32 represents every product, except those with scales in float32, which are rounded once."""
+    """float32 represents every product exactly, except products with float32 scales, which are rounded once."""
     stored, expected = case
     source = opened(checkpoint, quantization, {**stored, "input_scale": np.ones(1, np.float32)})
     assert source.tensors.keys() == {f"{BASE}.weight"}
@@ -163,7 +163,7 @@ def test_weights_are_dequantised(checkpoint, quantization, case) -> None:
 
 @pytest.mark.parametrize(("size", "reads"), [(48, True), (32, True), (64, False), (-1, True)])
 def test_the_last_group_may_be_shorter(checkpoint, size: int, reads: bool) -> None:
-    """Without an index, the config's group size decides where a group ends; 64 inputs are two groups of 48 or of 32."""
+    """Without an index, the config's group size determines the groups: 64 inputs may be 48 and 16, or 32 twice."""
     stored, _ = CASES["gptq, 4 bits"][1]
     plain = {name: array for name, array in stored.items() if name != "g_idx"}
     index = {"g_idx": (np.arange(64) // (size if size > 0 else 32)).astype(np.int32)}
@@ -181,7 +181,7 @@ def test_the_last_group_may_be_shorter(checkpoint, size: int, reads: bool) -> No
 
 
 def read_raw(config: Mapping[str, Any], stored: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the weight that these tensors store in a GPTQ checkpoint, without a file."""
+    """Decode the tensors of a GPTQ weight directly, without a checkpoint file."""
     types = {"int32": "I32", "float16": "F16"}
     raw = {
         f"w.{name}": RawTensor(where="", shape=a.shape, dtype=types[a.dtype.name], read=a.copy)
@@ -278,7 +278,7 @@ def test_plain_tensors_stay(checkpoint) -> None:
 
 @pytest.mark.parametrize(("symmetric", "strategy"), [(True, "group"), (False, "group"), (True, "channel")])
 def test_the_librarys_own_weights(checkpoint, symmetric: bool, strategy: str) -> None:
-    """compressed-tensors computes in the type of the scales, so these are float32."""
+    """compressed-tensors computes in the type of the scales, so the scales are float32 here."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor as Library

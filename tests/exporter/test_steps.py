@@ -93,7 +93,7 @@ def test_layers_of_one_window_share_a_cache() -> None:
 
 
 def test_every_architecture_is_recorded() -> None:
-    """One call of the kernels runs all layers of an architecture."""
+    """For every architecture, one call of the kernels runs all layers."""
     import jax
 
     from precast.exporter.models.parameters import abstract_model
@@ -127,7 +127,7 @@ def test_packed_weights_are_passed_through() -> None:
 
 
 def after(change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Return a layer with another operation between its steps."""
+    """Return a layer that changes a value between its steps with another operation."""
 
     def layer(x: Any, ops: LayerOps) -> Any:
         x = change(attention(x, ops))

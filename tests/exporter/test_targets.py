@@ -69,7 +69,7 @@ def test_weights_and_stablehlo_are_stored_once_for_all_targets(several):
     manifest = read_manifest(several)
     assert [t.name for t in manifest.targets] == [V3, V2, "portable"]
     assert [p.name for p in several.rglob("*.safetensors")] == ["weights.safetensors"]
-    # No other file contains weights, not even a program as a constant.
+    # No other file contains weights, not even as a constant in a program.
     data = (several / "weights.safetensors").read_bytes()
     pieces = [data[at : at + 64] for at in range(len(data) // 2, len(data) - 64, len(data) // 20)]
     pieces = [piece for piece in pieces if len(set(piece)) > 20]  # padding occurs in every file
@@ -146,14 +146,14 @@ BEYOND_V3 = {"avx512", "bwi", "dqi", "vlx", "cdi", "vnni", "sse4a", "fma4", "zmm
 @needs_v3
 def test_programs_hold_no_instruction_beyond_their_level(several):
     assert not groups(several, V2) & (BEYOND_V2 | BEYOND_V3)
-    # Prove that others would be found: executables for the next level contain some.
+    # Prove that the search works: executables for the next level contain such instructions.
     assert "avx" in groups(several, V3)
     assert not groups(several, V3) & BEYOND_V3
 
 
 @needs_v3
 def test_programs_of_pure_xla_stay_within_their_level(artifact_copy):
-    """Programs that call kernels leave XLA little to vectorise, so compile the portable ones, which leave it all."""
+    """XLA has little to vectorise in programs that call kernels, so the test compiles the portable programs."""
     add_target(artifact_copy, isa="x86-64-v3", source="portable", log=lambda _: None)
     found = groups(artifact_copy, "portable-x86-64-v3")
     assert {"avx2", "bmi", "ymm"} <= found
@@ -183,7 +183,7 @@ GFNI, UNKNOWN = "c4e269cfc1", "d50000000000"  # gf2p8mulb xmm0, xmm2, xmm1; the 
 
 @pytest.fixture
 def code(monkeypatch):
-    """Replace the reader of executables: take machine code in hexadecimal digits."""
+    """Replace the reader of executables with one that accepts machine code in hexadecimal digits."""
     monkeypatch.setattr(isa, "object_files", lambda data: [data])
     monkeypatch.setattr(isa, "code_sections", lambda elf: [bytes.fromhex(elf.decode())])
     monkeypatch.setattr(isa, "processor_family", lambda: "x86_64")

@@ -1,4 +1,4 @@
-"""Writing the weight file: every tensor used or deliberately ignored, every value finite."""
+"""Writing the weight file: every tensor is used or deliberately ignored, and every value is finite."""
 
 import dataclasses
 import weakref
@@ -37,7 +37,7 @@ def tensor(array, read=None) -> SourceTensor:
 
 @pytest.fixture
 def source(tiny_source):
-    """Make a source of exactly these parameters' tensors; arguments replace or drop some."""
+    """Return a function that makes a source with the tensors of the parameters, some replaced or removed."""
     random = np.random.default_rng(0)
     arrays = {
         name: random.standard_normal(p.source_shape, np.float32) for p in PARAMETERS for name in p.sources
@@ -99,7 +99,7 @@ def test_tensors_are_read_once_each_and_one_after_another(source, tmp_path):
     write(tmp_path / "w", source(**changes), count=reported.append)
     assert sorted(reads) == sorted(source.arrays)
     assert sum(reported) == sum(a.nbytes for a in source.arrays.values())
-    # The tensor that is being read, and the previous one, which is freed only after the read.
+    # The tensor that is being read and the previous one are in memory: the latter is freed only after the read.
     assert most <= 2 < len(reads)
 
 

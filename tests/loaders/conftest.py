@@ -22,7 +22,7 @@ from precast.loaders.text.tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, bytes]]:
-    """Return a function that reads all files below a folder, by name."""
+    """Return a function that reads all files below a folder, and returns their contents by name."""
 
     def read(root: Path) -> dict[str, bytes]:
         return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
@@ -32,9 +32,10 @@ def tree() -> Callable[[Path], dict[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def replaced_bytes() -> Callable[..., list[int]]:
-    """Return a function that replaces ids of byte tokens with U+FFFD, from the first invalid byte of a run on.
+    """Return a function that maps token ids to the ids that a stream decodes.
 
-    The library replaces the whole run, including complete characters, which a stream has already returned.
+    In each run of byte tokens, U+FFFD replaces all bytes from the first invalid byte. The library replaces the whole
+    run, including complete characters that a stream has already returned.
     """
 
     def replace(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> list[int]:
@@ -69,7 +70,7 @@ def replaced_bytes() -> Callable[..., list[int]]:
 
 @pytest.fixture(scope="module")
 def compiled_once() -> Iterator[None]:
-    """Compile each program once: all copies of the tiny artifact have the same."""
+    """Compile each program only once, because all copies of the tiny artifact have the same programs."""
     made: dict[tuple[str, ...], Any] = {}
 
     def compile_programs(
@@ -102,7 +103,7 @@ def add(compiled_once: None, artifact_copy: Path) -> Callable[..., tuple[Additio
 def refused(
     add: Callable[..., Any], artifact_copy: Path, tree: Callable[[Path], dict[str, bytes]]
 ) -> Callable[..., str]:
-    """Return a function that fails to add a target, and returns the error; the artifact must be unchanged."""
+    """Return a function that tries to add a target, which must fail without a change, and returns the error."""
 
     def run(name: str | None = "x86-64-v3", **options: Any) -> str:
         before = tree(artifact_copy)
@@ -116,7 +117,7 @@ def refused(
 
 
 class ScriptedEngine:
-    """An engine whose greedy tokens follow a script, whatever the prompt."""
+    """An engine whose greedy tokens follow a script, for any prompt."""
 
     context, slots, vocab, buckets, score_tokens = 4096, 2, 400, (4096,), 0
     windows: Mapping[str, int] = MappingProxyType({})
@@ -145,7 +146,7 @@ class ScriptedEngine:
 
 @pytest.fixture(scope="session")
 def scripted_model(tiny_source: Any) -> Callable[..., Any]:
-    """Return a function that makes a model with a chat template, which says a text and ends."""
+    """Return a function that makes a model with a chat template, whose answer is a given text."""
     source, end = json.loads(tiny_source().tokenizer_json), 1
 
     def make(text: str, template: str, *, special: Sequence[str] = (), marks: Sequence[str] = ()) -> Model:

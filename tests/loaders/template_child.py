@@ -1,4 +1,4 @@
-"""Run templates that try to hang or to exhaust memory. `test_chat_sandbox` starts this as a process.
+"""Run templates that try to hang or to exhaust memory. `test_chat_sandbox` starts this script.
 
 Usage: `template_child.py PART`. The last line of the output is a JSON object. If a case hangs, the process ends with a
 traceback, after the name of the case.
@@ -181,7 +181,7 @@ def text_cases() -> Iterator[tuple[str, str]]:
     half = ("(x[:n])", "(x[:n] ~ 'q')", "('q' ~ x[:n])", "('a', x[:9999])", "(9000000)", "()")
     for kind, value in TEXTS.items():
         before = f"{{% set x = {value} %}}{{% set z = x ~ 'q' %}}{{% set n = x|length // 2 %}}"
-        # All arguments on one kind of text, and each method without arguments on the others.
+        # Try all arguments on one kind of text, and each method without arguments on all other kinds.
         operations = [*methods((str,), half if kind == "ascii" else ("()",))]
         operations += [f"{{% set y = x|{name} %}}" for name in ALLOWED_FILTERS]
         operations += [*_OPERATIONS] if kind in ("ascii", "escapes") else []
@@ -194,7 +194,7 @@ def structure_cases() -> Iterator[tuple[str, str]]:
     operations = [*_OPERATIONS, *filters(), *tests(), *methods(kinds, ("()", "(z)", "(z, 1)"))]
     for number, operation in enumerate(operations):
         for index, (kind, value) in enumerate(STRUCTURES.items()):
-            # Each operator runs on a third of the values, each filter, test and method on one or two.
+            # Each operator is tried on a third of the values; each filter, test and method on one or two values.
             if (number + index) % (3 if number < len(_OPERATIONS) else 14) == 0:
                 # An equal value that is another object.
                 again = value.replace("set x =", "set z =").replace("macro x", "macro z")
@@ -272,12 +272,12 @@ PARTS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
 
 
 def peak() -> int:
-    """Return the peak resident memory in bytes. `ru_maxrss` would include the parent's, from before the exec."""
+    """Return the peak resident memory in bytes; `ru_maxrss` would include the parent's memory from before the exec."""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def run(source: str, limits: Limits | None = None) -> str | None:
-    """Compile and render a template. Return an error other than PrecastError, or None."""
+    """Compile and render a template; return an error other than PrecastError, or None."""
     try:
         template = ChatTemplate(source, bos_token="<s>", eos_token=None, limits=limits)
         template.render([{"role": "user", "content": "hi"}])

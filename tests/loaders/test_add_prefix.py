@@ -63,8 +63,8 @@ def test_every_chat_with_the_system_message_starts_after_it(prefixed_artifact, t
     assert found.timing.cached_tokens == model.manifest.prefixes[0].tokens
     assert found.token_ids == greedy(tiny_model.engine, found.prompt_token_ids, 6)
     other = model.chat(messages(text, "another"), PARAMS)
-    assert 0 < other.timing.cached_tokens < found.timing.cached_tokens  # the template's own beginning
-    assert model.prefixes.bytes == 0  # mapped
+    assert 0 < other.timing.cached_tokens < found.timing.cached_tokens  # only the beginning of the template
+    assert model.prefixes.bytes == 0  # the prefix is mapped, and takes no memory
 
 
 def test_only_a_prompt_s_last_token_is_read_after_an_equal_prefix(copy, greedy):
@@ -88,7 +88,7 @@ def test_sources_of_text(copy):
     assert found.timing.cached_tokens == known["chat"]
     assert model.chat(messages("cat"), PARAMS).timing.cached_tokens == known["asked"] - 1
     found = model.generate("def fibonacci(n): return n and then", PARAMS)
-    # The last tokens of "the" and "then" differ.
+    # The last token of "the" differs from that of "then".
     assert found.timing.cached_tokens == known["text"]
 
 
@@ -101,7 +101,7 @@ CACHES = {
 
 @pytest.fixture(scope="module")
 def kinds(export_tiny, tiny_source, tiny_artifact):
-    """Artifacts with each type of the KV cache; the last has windows, and more slots."""
+    """Return artifacts with each type of the KV cache; the last one has windows and more slots."""
     windowed = tiny_source(config={"model_type": "mistral", "sliding_window": 8})
     made = {}
     for name, options in CACHES.items():
@@ -119,7 +119,7 @@ def kinds(export_tiny, tiny_source, tiny_artifact):
     slot=st.integers(0, 7),
 )
 def test_answers_are_the_same_with_any_prefix_and_cut(kinds, kind, prefix, shared, rest, slot):
-    """The prompt may leave the prefix at any token; the logits have the same bits as those of the whole prompt."""
+    """The prompt may leave the prefix after any token; logits equal those of the whole prompt, bit for bit."""
     engine = kinds[kind].engine
     tree = PrefixTree(engine, 0)
     tree.pin(prefix, tree.compute(prefix))
@@ -135,12 +135,12 @@ def test_answers_are_the_same_with_any_prefix_and_cut(kinds, kind, prefix, share
 
 @pytest.fixture(scope="module")
 def models(kinds):
-    """The same models with little memory for prefixes, and without any."""
+    """Return the models with little memory for prefixes, and with none."""
     return {name: (limited(model, 30_000), limited(model, 0)) for name, model in kinds.items()}
 
 
 def limited(model, limit: int):
-    """Return the model with another limit on the memory for prefixes."""
+    """Return the model with a changed limit on the memory for prefixes."""
     return Model(
         engine=model.engine,
         tokenizer=model.tokenizer,
@@ -155,7 +155,7 @@ def limited(model, limit: int):
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.sampled_from([5, 200]), min_size=1, max_size=40), min_size=1, max_size=6))
 def test_answers_are_the_same_with_any_earlier_prompts(models, kind, prompts):
-    """Prompts of two tokens share beginnings, and little memory evicts them. Prompts run together, then one by one."""
+    """Prompts of two different tokens share beginnings, which small limits evict. They run together, then alone."""
     remembering, fresh = models[kind]
     expected = [answer.token_ids for answer in fresh.generate_many(prompts, PARAMS)]
     assert [answer.token_ids for answer in remembering.generate_many(prompts, PARAMS)] == expected
@@ -185,7 +185,7 @@ def test_inspect_check_verify_and_diff_show_it(cli, prefixed_artifact, tiny_arti
 
 
 def test_verify_reports_keys_that_the_machine_does_not_compute(copy):
-    """A prefix with changed keys and values, and a manifest that lists their hash."""
+    """The keys and values of the prefix are changed, and the manifest lists the new hash."""
     prefix = read_manifest(copy).prefixes[0]
     with (copy / prefix.arrays).open("rb") as file:
         tensors = {name: array.copy() for name, array in map_weights(file).items()}
@@ -204,7 +204,7 @@ def test_verify_reports_keys_that_the_machine_does_not_compute(copy):
 
 
 def relist(root: Path, name: str) -> None:
-    """Put the present contents of a file into the manifest."""
+    """Update the manifest with the present size and hash of a file."""
     import hashlib
 
     value = json.loads((root / "manifest.json").read_text())
@@ -377,7 +377,7 @@ def test_a_signature_is_removed(copy):
 
 
 class Stop(BaseException):
-    """An error that no code handles, like a signal that ends the process."""
+    """An exception that no code handles, like a signal that ends the process."""
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ class Stop(BaseException):
 )
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_the_artifact_is_whole_whatever_fails(copy, tmp_path, tree, monkeypatch, error, is_killed):
-    """Add a second prefix and fail at each change of a file, with and without clean-up."""
+    """Add a second prefix, and fail at each change of a file in turn, with and without clean-up."""
     model = load(copy)
     monkeypatch.setattr(adding, "load", lambda *_, **__: model)
     source, before = PrefixSource(text="the lazy dog jumps"), tree(copy)

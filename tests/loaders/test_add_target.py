@@ -1,4 +1,4 @@
-"""``precast add-target``: the new target, and refusals; `test_target_files` tests interrupted and concurrent runs."""
+"""``precast add-target``: the new target, and refusals. `test_target_files` tests interrupted and concurrent runs."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def test_a_target_is_added_and_nothing_else_changes(add, artifact_copy, tiny_mod
     model = load(artifact_copy, target=NAME, rehash=True)
     assert model.generate(PROMPT, params).token_ids == tiny_model.generate(PROMPT, params).token_ids
     assert model.compiles == 0
-    # The wider target is chosen from now on.
+    # From now on, the target with the higher level is chosen.
     assert load(artifact_copy).target.name == NAME
 
 

@@ -1,4 +1,4 @@
-"""Tool calls and reasoning in answers: the parser recovers them from rendered templates, in any pieces."""
+"""Tool calls and reasoning in answers: the parser recovers them from rendered templates, cut into any pieces."""
 
 # ruff: noqa: E501 - templates are easier to read on one line
 
@@ -47,7 +47,7 @@ ALONE = {"llama3-json", "phi4-functools", "pythonic"}
 REASONS = {"qwen3", "mistral-v11", "granite", "smollm3"}
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-# Texts that look like the markup around them.
+# Texts that look like the markup of the answer formats.
 HOSTILE = st.sampled_from(
     ["</tool_call>", "<tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|/tool_call|>", "</think>", '"}}', "]", "\\", "{", "'", '"', "\n", "\\u0022", "; ", "<|python_tag|>", "<response>", "日本 😀"]
 )  # fmt: skip
@@ -69,7 +69,7 @@ PROSE = st.lists(
 
 
 def parsed(parser: AnswerParser, pieces: list[str]) -> tuple[str, str, list[ToolCall]]:
-    """Return content, reasoning and calls."""
+    """Parse an answer in pieces; return its content, reasoning and calls."""
     deltas = [delta for piece in pieces for delta in parser.push(piece)] + parser.finish()
     content = "".join(d.text for d in deltas if isinstance(d, ContentDelta))
     reasoning = "".join(d.text for d in deltas if isinstance(d, ReasoningDelta))
@@ -265,7 +265,7 @@ def test_the_pieces_make_no_difference_among_many_spaces(text, family, template,
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("before", "tail"), [("", ""), ("a", ""), ("<think>", ""), ("", "<think>")])
 def test_many_spaces_are_held_back_in_part(family, before, tail):
-    """If all were held back, each further space would cause a search of all of them."""
+    """If all spaces were held back, each further space would cause a search of all of them."""
     parser = AnswerParser(answer_format("<think>", family), SCHEMAS, prompt_tail=tail)
     parser.push(before + "\n" * 5000)
     assert len(parser._text) + len(parser._space) <= 1024

@@ -29,7 +29,7 @@ ANSWER = f"<think>\nhm, é\n</think>\n\nI look.\n{CALL}"
 
 @pytest.fixture(scope="module")
 def saying(scripted_model):
-    """Return a function that makes a model with a chat template, which says a text and ends."""
+    """Return a function that makes a model with a chat template, whose answer is a given text."""
 
     def make(text: str, template: str = THINKING) -> Any:
         return scripted_model(text, template, special=("[TOOL_CALLS]", "[ARGS]", "<|other|>"))

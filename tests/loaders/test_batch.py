@@ -149,7 +149,7 @@ def test_an_interrupt_leaves_whole_records(slots_model: Any, source: Path, tmp_p
         batch.run(slots_model, source, target, PARAMS, progress=interrupt)
     assert [(step.done, step.total) for step in steps] == [(0, 8), (1, 8), (2, 8)]
     assert len(records(target.read_bytes())) == 2
-    assert slots_model.scheduler.stats().running == 0  # slots are free again
+    assert slots_model.scheduler.stats().running == 0  # all slots are free again
     assert batch.run(slots_model, source, target, PARAMS).kept == 2
     assert len(records(target.read_bytes())) == 8
 
@@ -314,7 +314,7 @@ def test_parquet_in_and_out(slots_model: Any, tmp_path: Path) -> None:
 def test_a_request_at_the_limit_of_nesting_has_an_error_record(
     slots_model: Any, tmp_path: Path, field: str
 ) -> None:
-    """Some depths can be parsed, but are too deep for the check of the field."""
+    """Some depths can be parsed, but exceed the recursion limit in the check of the field."""
     depths = range(850, 1001)
     lines = [f'{{"prompt": "a", "{field}": {"[" * depth}{"]" * depth}}}\n' for depth in depths]
     (tmp_path / "in.jsonl").write_text("".join(lines))
@@ -334,7 +334,7 @@ def test_parquet_takes_every_id(slots_model: Any, tmp_path: Path) -> None:
 # --- many bad requests --------------------------------------------------------------------------------------
 
 LONG = "the cat " * 400
-# Bad requests of each kind, the error's code, and the beginning of its message.
+# Bad requests of each kind, each with the code of the error and the beginning of its message.
 BAD: list[tuple[bytes | dict[str, Any], str, str]] = [
     (
         b'{"prompt": "the cat"',
@@ -469,7 +469,7 @@ def test_two_hundred_requests_with_bad_ones_of_every_kind(
     assert result.stderr.endswith(f"{target}: {good} answers and {len(bad)} errors\n")
     data = target.read_bytes()
     check_records(records(data), lines, bad, source)
-    # Ids are unique across runs, too: a run that goes on knows the ids of the records before it.
+    # Ids are unique across runs too: a resumed run knows the ids of the existing records.
     target.write_bytes(b"".join(data.splitlines(keepends=True)[:50]))
     again = cli("batch", slots_artifact, source, target)
     assert again.stderr.endswith(

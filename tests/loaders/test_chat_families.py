@@ -1,4 +1,4 @@
-"""Templates with the features of each family's published templates: prompts equal those of transformers."""
+"""Chat templates with the features of each family's published templates: prompts equal those of transformers."""
 
 # ruff: noqa: E501 - templates are easier to read on one line
 
@@ -33,7 +33,7 @@ CALL = {
 RESULT = {"role": "tool", "name": "weather", "tool_call_id": "abcdef123", "content": '{"t": 20}'}
 PARTS = {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": " two "}]}
 JOINED = {"role": "user", "content": "one\n two "}
-# Families whose templates print content in parts as a Python repr, omit it, or fail. They receive text.
+# Families whose templates cannot handle content in parts: they print its repr, omit it, or fail. precast passes text.
 TEXT_ONLY = ("gemma", "llama3", "qwen3", "mistral", "phi3", "granite")
 CHATS = {
     "short": [USER],
@@ -112,7 +112,7 @@ TEMPLATES = {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\\n\\n' }}{% endif %}""",
-    # A namespace for a backward search of the last question; removes reasoning; groups tool results.
+    # Searches backwards for the last question with a namespace, removes reasoning, and groups tool results.
     "qwen3": """{%- if tools %}{{ '<im>system\\n' }}
     {%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}{% endif %}
     {%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}{{ '</im>\\n' }}
@@ -146,7 +146,7 @@ TEMPLATES = {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<im>assistant\\n' }}{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}""",
-    # Filters over the whole conversation; checks the turns; tools before the last question.
+    # Applies filters to the whole conversation, checks the turns, and writes the tools before the last question.
     "mistral": """{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}
 {%- if not tools is defined %}{% set tools = none %}{% endif %}
 {%- set users = rest | selectattr('role', 'equalto', 'user') | list %}
@@ -176,9 +176,9 @@ TEMPLATES = {
     {%- else %}{{ raise_exception('Only user, assistant and tool roles are known, not ' + message['role'] + '!') }}
     {%- endif %}
 {%- endfor %}""",
-    # Short, and without a beginning-of-sequence token.
+    # A short template without a beginning-of-sequence token.
     "phi3": """{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}{{'<|system|>\\n' + message['content'] + '<|end|>\\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\\n' ~ message['content'] ~ '<|end|>\\n'}}{% elif message['role'] == 'assistant' %}{{'<|assistant|>\\n' ~ message['content'] ~ '<|end|>\\n'}}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}""",
-    # Documents, and the tag that marks text for training.
+    # Documents, and the tag that marks the text for training.
     "granite": """{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}
 {%- else %}{% set system = 'Today is ' + strftime_now('%B %d, %Y') + '.' %}{% if tools and documents %}{% set system = system + ' Tools and texts.' %}{% endif %}{% endif %}
 {{- '<r>system</r>' + system + '<e>\\n' }}
@@ -345,7 +345,7 @@ def test_a_model_that_reasons_does_so_before_the_constraint_applies(
         (TEMPLATES["qwen3"], (), SYSTEM, {}),  # a model without the marker, and no request to reason
         (TEMPLATES["qwen3"], MARKS, SYSTEM, {"answer_format": "text"}),
         (TEMPLATES["smollm3"], MARKS, NO_THINK, {}),
-        (TEMPLATES["granite"], MARKS, SYSTEM, {}),  # the template knows no reasoning
+        (TEMPLATES["granite"], MARKS, SYSTEM, {}),  # the template does not support reasoning
         (GENERIC + "<think>\n\n</think>\n\n", MARKS, SYSTEM, {}),
     ],
 )

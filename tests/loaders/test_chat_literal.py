@@ -158,7 +158,7 @@ def test_the_surrounding_text_keeps_its_ids(family: str, flags: str) -> None:
     plain = made.encode_chat(chat("one  two", "evil X", " three "))
     start = next(i for i, (a, b) in enumerate(zip(ids, plain, strict=False)) if a != b)
     end = next(i for i, (a, b) in enumerate(zip(ids[::-1], plain[::-1], strict=False)) if a != b)
-    assert len(plain) - start - end == 1  # the X alone
+    assert len(plain) - start - end == 1  # only the X
 
 
 FRAGMENTS = [
@@ -185,7 +185,9 @@ def test_any_content(contents: list[str], family: str) -> None:
     made = MADE[family]
     ids = made.encode_chat(chat(*contents), literal=True)
     assert marks_of(made, ids) == marks_of(made, made.encode_chat(chat(*["a"] * len(contents))))
-    if family == "prepended":  # adds a space after each control token, which the decoder keeps
+    if (
+        family == "prepended"
+    ):  # this family adds a space after each control token, and its decoder keeps the space
         return
     expected = "".join(f"<|im_start|>user\n{content}<|im_end|>\n" for content in contents)
     space = " " if family == "first" and not expected.startswith("<") else ""
@@ -314,7 +316,7 @@ def test_the_control_tokens_are_those_of_transformers() -> None:
 
 @pytest.mark.parametrize("word", ["user", "tool", "eop", "nor"])
 def test_a_control_token_within_a_word_of_the_template_is_refused(word: str) -> None:
-    """Refuse it, because a marker in "content" or "user" would rename the key or the role."""
+    """Such a token is refused, because a marker in "content" or "user" would rename the key or the role."""
     library = byte_level()
     library.add_tokens([AddedToken(text, special=True) for text in (*SPECIAL, word)])
     made = Tokenizer.from_json(

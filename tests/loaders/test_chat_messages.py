@@ -82,7 +82,7 @@ def test_an_empty_message_is_refused(extra: dict[str, Any]) -> None:
 # --- content in parts ---------------------------------------------------------------------------------------------
 
 PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": " two "}]
-# Templates that accept content as text, in either form, or only in parts. All print their content.
+# Templates that accept content only as text, in either form, or only in parts. All of them print the content.
 TEXT_ONLY = [
     "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}",
     "{% for m in messages %}{{ m.content }}{% endfor %}",

@@ -81,7 +81,7 @@ def test_every_attribute_of_a_value_is_allowed_or_refused_by_name(kind: type) ->
 
 
 def child(what: str, *args: str) -> dict:
-    """Run cases in a child process with limited memory, which ends itself if a case hangs, after printing its name."""
+    """Run cases in a child process with limited memory. If a case hangs, the child prints the case's name and ends."""
     run = subprocess.run(
         [sys.executable, str(CHILD), what, *args], capture_output=True, text=True, timeout=900, check=False
     )
@@ -94,7 +94,7 @@ def test_time_and_memory_stay_below_the_limits(part: str) -> None:
     found = child(part)
     assert found["cases"] > {"text": 200, "structure": 800, "compile": 30, "random": 300}[part]
     assert found["unknown"] == []
-    # In CPU time. A case compiles and renders, and each may take 2 seconds.
+    # Limits in CPU time. A case is compiled and rendered, and each of the two may take 2 seconds.
     assert found["slow"] == []
     assert found["grown"] < 256e6, found
 
@@ -247,8 +247,8 @@ def method_calls() -> list[str]:
     ]
 
 
-# Refusals where jinja2 prints an address or the name of a Python type, or accepts another type. A slice of a value
-# without items fails in jinja2, too, unless both are constants.
+# Operations that precast refuses, although jinja2 prints an address or a Python type's name, or accepts the type. In
+# jinja2 too, a slice of a value without items fails, except if both are constants.
 REFUSED = (
     "cannot become text|is not allowed|expects|unsafe|sum adds numbers only|too large|unhashable type: 'slice'"
     "|is not subscriptable"

@@ -58,7 +58,7 @@ TEMPLATES = {
 }
 
 
-TEXT_ONLY = ("chatml",)  # it would receive the parts of the last message as one text
+TEXT_ONLY = ("chatml",)  # this template would receive the parts of the last message as one text
 DOCUMENTS = [{"title": "Größe", "text": "a < b"}, {"title": "two", "text": "\n"}]
 VARIABLES = {"think": False, "tags": ["x", "y"]}
 
@@ -248,7 +248,7 @@ def test_deep_messages_are_one_sentence() -> None:
         render("x", messages=[{"role": "user", "content": content}])
 
 
-# Limits. The templates above show that ordinary ones stay below them.
+# Limits. The templates above show that ordinary templates stay below the limits.
 
 STOPPED = r"^The chat template was stopped, because {}; use another template\.$"
 

@@ -23,7 +23,7 @@ TODAY = date(2026, 1, 1)
 
 @pytest.fixture(scope="module")
 def good(tiny_artifact):
-    """Return the tiny artifact's manifest; the promise for its StableHLO lasts 100 more days."""
+    """Return the tiny artifact's manifest, whose StableHLO is promised to compile for 100 more days."""
     manifest = read_manifest(tiny_artifact)
     targets = tuple(dataclasses.replace(t, stablehlo_expires="2026-04-11") for t in manifest.targets)
     return dataclasses.replace(manifest, targets=targets)
@@ -103,7 +103,7 @@ HOSTILE = "1; touch $(x) `y` 'z'"
 
 
 def test_text_of_a_manifest_is_one_word_of_a_command(good):
-    """Users copy remedies into shells."""
+    """Users copy remedies into shells, so the text must be quoted."""
     provenance = dataclasses.replace(
         good.provenance, versions={**good.provenance.versions, "precast": HOSTILE}
     )

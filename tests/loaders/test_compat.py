@@ -148,7 +148,7 @@ def test_the_stablehlo_of_a_cpu_target_ranks_above_the_portable_target():
     chosen = choose(wrong, PORTABLE, allow_compile=True)
     assert (chosen.name, chosen.runtime) == (COMPILED.name, "stablehlo")
     assert mismatches(chosen, MACHINE) == []
-    # A target with kernels that are not installed cannot be compiled either.
+    # If a target needs kernels that are not installed, it cannot be compiled here either.
     other_abi = dataclasses.replace(wrong, kernel_abi=COMPILED.kernel_abi + 1)
     assert choose(other_abi, PORTABLE, allow_compile=True).name == PORTABLE.name
     # A matching executable ranks above compiling, even with permission to compile.

@@ -29,7 +29,10 @@ def filled(tmp_path_factory, tiny_artifact) -> tuple[Path, list[str], int]:
 
 @pytest.fixture
 def run(filled, tiny_artifact, tmp_path, monkeypatch):
-    """Return a function that loads the portable target with that cache or a changed copy: model and messages."""
+    """Return a function that loads the portable target with the filled cache or a changed copy of it.
+
+    The function returns the model and the messages.
+    """
 
     def again(change=None):
         folder = filled[0]
@@ -90,7 +93,7 @@ def remove(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, truncate, empty, remove])
 def test_a_damaged_entry_is_compiled_again(run, damage):
-    model, said = run(damage)  # the smallest entry is the program that makes an empty cache
+    model, said = run(damage)  # the smallest entry is the program that makes an empty KV cache
     assert re.search(r": 5 of 6 programs were compiled here before, and are taken from ", said[0])
     assert said[1:] == ["compiling cache from StableHLO …"]
     assert model.compiles == 1
@@ -123,7 +126,7 @@ def test_a_cache_that_cannot_be_written_to_is_logged(tmp_path, monkeypatch, comp
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Replace the compiler by one that takes no time."""
+    """Replace the compiler with a function that takes no time."""
     made = compiling.Compilation(executable=b"x", memory=None, layouts=((), ()), seconds=0.0)
     monkeypatch.setattr(
         compile_cache, "compile_programs", lambda programs, *_, **__: {n: made for n, _ in programs}
@@ -182,7 +185,7 @@ def test_an_entry_is_for_one_compiler_and_one_machine(monkeypatch):
 
 
 def test_programs_are_compiled_with_as_many_threads_as_the_load(tiny_artifact, own_cache, monkeypatch):
-    """A limit of threads may leave room for no more."""
+    """A limit on threads may not allow more."""
     asked, original = [], child_process.Child.ask
 
     def ask(self, request, *rest, **options):
@@ -193,6 +196,6 @@ def test_programs_are_compiled_with_as_many_threads_as_the_load(tiny_artifact, o
     options = {"target": "portable", "allow_compile": True, "trusted": True}
     assert load(tiny_artifact, threads=1, log=lambda _: None, **options).compiles == len(PROGRAMS)
     assert asked == [1] * len(PROGRAMS)
-    # XLA splits loops among its threads at compile time.
+    # XLA distributes loops over its threads at compile time.
     assert load(tiny_artifact, threads=2, log=lambda _: None, **options).compiles == len(PROGRAMS)
     assert load(tiny_artifact, threads=1, log=lambda _: None, **options).compiles == 0

@@ -25,7 +25,7 @@ VOCABULARY = 2_000
 END = 0
 LONGEST_ANSWER = 150
 
-# Features that llguidance refuses, by the words of its error.
+# The features that llguidance refuses, as named in its errors.
 REFUSED = {
     '["uniqueItems"]': 9,
     "oneOf constraints are not supported": 7,
@@ -76,7 +76,7 @@ def grammars(tokenizer: Tokenizer) -> Grammars:
 
 @pytest.fixture(scope="module")
 def refusals(rows: list[Row], grammars: Grammars) -> dict[str, str]:
-    """Return the error text of each schema that is refused, by its name."""
+    """Return the error text of each refused schema, by the schema's name."""
     found = {}
     for row in rows:
         try:
@@ -121,7 +121,7 @@ def test_random_logits_generate_valid_json(
         if ids[-1] == END:
             complete += 1
             validate(json.loads(tokenizer.decode(ids)), row["schema"])
-        else:  # cut: a part of a valid answer
+        else:  # an answer that was cut must be the beginning of a valid one
             assert len(ids) == LONGEST_ANSWER
     assert complete > 300
 
@@ -151,7 +151,7 @@ def random_answer(grammars: Grammars, schema: Mapping[str, Any], bias: np.ndarra
 
 
 def closing_bias(tokenizer: Tokenizer) -> np.ndarray:
-    """Return a bias towards tokens that end strings, arrays, objects and answers: most random text never ends."""
+    """Return a bias towards tokens that end strings, arrays, objects and answers, because random answers rarely end."""
     bias = np.zeros(VOCABULARY, np.float32)
     for token in range(VOCABULARY):
         text = tokenizer.token_text(token)

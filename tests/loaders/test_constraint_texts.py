@@ -1,4 +1,4 @@
-"""The texts of constraints among the sampling parameters: their storage, and the refusal of unsuitable ones."""
+"""The texts of constraints in the sampling parameters: their storage, and the refusal of invalid texts."""
 
 from dataclasses import replace
 from typing import Any
@@ -56,7 +56,7 @@ def deep(levels: int) -> dict[str, Any]:
                 " schema as \\u0026."
             ),
         ),
-        (  # it looks like a schema, and is two regular expressions around an intersection
+        (  # it looks like a schema, but consists of two regular expressions and an intersection
             {"grammar": 'start: T\nT: /[%json {"a":"]/ ' + "& /b/ " * 13 + '& /["}]/'},
             (
                 "grammar must contain & at most 12 times, found 14; use fewer intersections, and write & inside a"

@@ -94,7 +94,7 @@ def make_tokenizer(library: Library) -> Tokenizer:
 
 
 def padded(tokenizer: Tokenizer) -> int:
-    """Return the size of a vocabulary with ids that have no token."""
+    """Return a vocabulary size that exceeds the tokenizer's, so that some ids have no token."""
     return tokenizer.vocab_size + 5
 
 
@@ -111,7 +111,7 @@ def allowed(constraint: Constraint) -> set[int]:
 def random_answer(
     grammars: Grammars, tokenizer: Tokenizer, seed: int, longest: int = 300, **given: Any
 ) -> str:
-    """Return an answer from random logits, in which end tokens and quotes are likelier than other tokens."""
+    """Generate an answer from random logits that favour end tokens and quotes."""
     size = padded(tokenizer)
     params = SamplingParams(temperature=1.0, seed=seed, **given)
     assert params.constraint is not None

@@ -1,7 +1,7 @@
 """The targets that run on each CPU, decided by the loader's own code from lines of /proc/cpuinfo.
 
-tests/reference/cpus.json holds the "flags" of real machines, most of them as archspec's tests have them (Apache-2.0 or
-MIT), and of virtual machines that hide features.
+tests/reference/cpus.json contains the "flags" of real machines, and of virtual machines that hide features. Most of
+them come from archspec's tests (Apache-2.0 or MIT).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from precast.loaders.runtime import native_libraries
 
 CPUS = json.loads((Path(__file__).parents[1] / "reference" / "cpus.json").read_text())
 LEVELS = tuple(isa.LEVELS)
-# The levels of each CPU. jaxlib itself needs AVX, which the marked CPUs lack.
+# The levels that each CPU supports. jaxlib itself needs AVX, which the marked CPUs lack.
 NONE, V2, V3, V4 = ((), LEVELS[:1], LEVELS[:2], LEVELS)
 WITHOUT_AVX = {"Nehalem", "Goldmont Plus", "Opteron K10", "KVM guest, kvm64", "KVM guest, x86-64-v2-AES"}
 EXPECTED = {
@@ -75,7 +75,7 @@ def target(features: tuple[str, ...], name: str | None = None) -> Target:
 
 
 def chosen(targets: tuple[Target, ...], name: str) -> str | None:
-    """Return the target that the loader chooses on a CPU; None if it refuses all."""
+    """Return the target that the loader chooses on a CPU, or None if it refuses all targets."""
     manifest = SimpleNamespace(targets=targets)
     try:
         return compat.choose_target(manifest, machine(name), "art", name=None, allow_compile=False).name
@@ -107,7 +107,7 @@ def test_a_default_export_runs_wherever_jaxlib_does(name):
 @pytest.mark.parametrize("name", CPUS)
 @pytest.mark.parametrize("maker", CPUS)
 def test_advice_is_never_circular(maker, name):
-    """Check a native target of one CPU on another: following the advice must give a target that runs there."""
+    """Check a native target of one CPU on another CPU: after following the advice, there must be a target that runs."""
     has = machine(maker).features
     old = target(has, "cpu-x86_64-avx2")
     if not set(has) - set(machine(name).features):
@@ -153,7 +153,7 @@ def test_a_cpu_without_jaxlib_s_instructions_gets_an_error_message(name, monkeyp
     assert str(raised.value).startswith(
         "jaxlib cannot run on this CPU, which lacks AVX; use a CPU from 2011 or later"
     )
-    # A jaxlib that was built for such a CPU does not refuse it.
+    # If jaxlib was built for such a CPU, the CPU is not refused.
     monkeypatch.setattr(cpu_feature_guard, "check_cpu_features", lambda: None)
     native_libraries.check_cpu()
 

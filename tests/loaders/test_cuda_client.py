@@ -1,6 +1,6 @@
 """The loader's CUDA client on a machine without GPU: installed packages, refusals, copies to and from the device.
 
-XLA's CPU client takes the place of the GPU's behind the same interface, which copies arrays in and out.
+XLA's CPU client replaces the GPU's client behind the same interface, which copies arrays to and from the device.
 """
 
 import dataclasses
@@ -114,7 +114,9 @@ def plugin(folder: Path, name: str, package: str, version: str, contents: bytes 
 
 
 def test_the_plugin_is_found_and_not_imported(tmp_path, monkeypatch):
-    importlib.metadata.version("numpy")  # imports its own dependencies while the path is intact
+    importlib.metadata.version(
+        "numpy"
+    )  # importlib.metadata imports its dependencies now, while the path is intact
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert cuda.find_plugin() is None
     plugin(tmp_path, "xla_cuda12", "jax-cuda12", "0.12.0.1")
@@ -202,13 +204,13 @@ def test_a_target_for_another_gpu_is_compiled_on_request():
 @pytest.fixture(scope="module")
 def stand_in():
     """Return a CUDA client over XLA's asynchronous CPU client."""
-    pjrt.client()  # registers the kernels
+    pjrt.client()  # this registers the kernels
     return cuda.Client(_jax.get_tfrt_cpu_client(asynchronous=True))
 
 
 @pytest.fixture
 def no_client(monkeypatch):
-    """Forget the process's client before and after a test."""
+    """Remove the process's client before and after a test."""
     cuda._client.cache_clear()
     yield
     cuda._client.cache_clear()
@@ -260,7 +262,7 @@ def test_refused_arguments_have_an_error_text(stand_in):
 
 
 def as_cuda(root: Path, device: str) -> None:
-    """Declare an artifact's first target a target for a GPU."""
+    """Change an artifact's first target into a target for a GPU."""
     record = json.loads((root / "manifest.json").read_text())
     record["targets"] = record["targets"][:1]
     record["targets"][0] |= {
@@ -339,7 +341,7 @@ def test_a_plugin_that_cannot_be_loaded_has_an_error_text(no_client, monkeypatch
 
 
 class Calls:
-    """Replacements for jaxlib's functions for plugins, which record their calls."""
+    """Replacements for jaxlib's plugin functions, which record their calls."""
 
     def __init__(self, *, loaded=False):
         self.loaded, self.initialized, self.asked = loaded, loaded, []

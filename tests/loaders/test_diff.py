@@ -14,7 +14,7 @@ from precast.loaders.progress import Step
 
 @pytest.fixture
 def compare(tiny_artifact):
-    """Return a function that gives the changes of each section by the fact's name."""
+    """Return a function that compares with another artifact, and returns each section's changes by name."""
 
     def run(other):
         found = diff(tiny_artifact, read_manifest(tiny_artifact), other, read_manifest(other))

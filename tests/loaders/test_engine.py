@@ -19,7 +19,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def greedy(engine, cache, ids, count, *, slot=0) -> list[int]:
-    """Prefill and decode one slot greedily; the others are idle."""
+    """Prefill and decode one slot greedily, while all other slots are idle."""
     step = engine.prefill(ids, cache, slot=slot)
     tokens = [int(step.token[0])]
     while len(tokens) < count:
@@ -34,7 +34,7 @@ def contents(cache) -> dict[str, np.ndarray]:
 
 
 def assert_greedy(reference, ids, tokens) -> None:
-    """Check that every token is the reference's argmax. Random weights make no ties, so none are allowed."""
+    """Check that every token is the reference's argmax. With random weights there are no ties, so none are allowed."""
     best = reference([*ids, *tokens]).argmax(-1)
     assert tokens == best[len(ids) - 1 : -1].tolist()
 
@@ -47,7 +47,7 @@ def test_every_prompt_length_answers_as_the_reference_does(tiny_model, reference
 
 
 def test_logits_match_the_reference_up_to_rounding(tiny_model, reference):
-    """Test chunks, single steps and the last position; the order of float32 sums differs."""
+    """Test chunks, single steps and the last position. The order of float32 sums differs, hence the tolerance."""
     engine, ids = tiny_model.engine, prompt(CONTEXT, seed=1)
     expected = reference(ids)
     for length in (1, 7, 8, 9, 16, 17, 33, 63):
@@ -80,7 +80,7 @@ def test_a_prompt_in_pieces_equals_the_prompt_in_one(tiny_model, cut):
 
 
 def test_old_contents_behind_the_prompt_have_no_effect(tiny_model, reference):
-    """An older, longer sequence fills the positions of the new one's padding and future."""
+    """An older, longer sequence has filled the positions of the new sequence's padding and later tokens."""
     engine, cache = tiny_model.engine, tiny_model.engine.new_cache()
     engine.prefill(prompt(60, seed=2), cache)
     for length in (1, 5, 8, 13, 20):
@@ -108,7 +108,7 @@ def test_start_and_slot_may_be_numpy_s_integers(slots_model, integer):
         engine.prefill(ids[:3], cache, start=of(0), slot=of(1))
         engine.prefill(ids[3:], cache, start=of(3), slot=of(1))
     for name, array in contents(ours).items():
-        # Positions behind the prompt and other slots were never written.
+        # Positions after the prompt, and other slots, were never written.
         np.testing.assert_array_equal(array[:, 1, :, :20], contents(theirs)[name][:, 1, :, :20])
 
 
@@ -218,7 +218,7 @@ def test_score_answers_after_every_token(tiny_model, reference, start, count):
 
 
 def test_scored_tokens_can_be_replaced(tiny_model, reference):
-    """A draft's tokens that turn out wrong are overwritten by the next ones."""
+    """If the tokens of a draft are wrong, the next tokens overwrite them."""
     engine, ids, cache = tiny_model.engine, prompt(20, seed=7), tiny_model.engine.new_cache()
     engine.prefill(ids[:10], cache, slot=7)
     engine.score([*ids[10:14], 3, 3, 3], cache, start=10, slot=7)
@@ -243,7 +243,7 @@ def test_tokens_that_cannot_be_scored_are_refused(tiny_model, tokens, place, pro
 
 
 def test_the_portable_target_decodes_one_sequence_and_several(tiny_artifact, reference):
-    """Its programs for one sequence and for all slots, and scoring, without kernels."""
+    """Test its programs for one sequence, for all slots, and for scoring, which use no kernels."""
     from precast.loaders.load import load
 
     engine = load(

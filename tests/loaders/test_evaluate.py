@@ -42,7 +42,7 @@ LOGITS = st.lists(st.floats(-80, 80, width=32), min_size=2, max_size=12)
 
 
 def exact(logits) -> list[float]:
-    """Compute probabilities by the definition."""
+    """Compute probabilities according to the definition."""
     total = math.fsum(math.exp(x) for x in logits)
     return [math.exp(x) / total for x in logits]
 
@@ -122,7 +122,7 @@ def test_windows_are_consecutive_full_and_leave_out_no_more_than_they_must(total
         (3072, 3072, 512, [512] * 6),
         (5000, 3072, 512, [512] * 6),
         (600, 3072, 512, [512, 88]),
-        (575, 3072, 512, [512]),  # 63 are too few
+        (575, 3072, 512, [512]),  # a window of 63 tokens is too short
         (576, 3072, 512, [512, 64]),
         (64, 3072, 512, [64]),
         (63, 3072, 512, []),
@@ -181,7 +181,7 @@ def test_the_shipped_text_is_prose_enough():
     assert text == e.SHIPPED_TEXT.read_text(encoding="utf-8")
     assert text.isascii()
     assert 16_000 < len(text) < 20_000
-    # Every tokenizer needs at least one token a word, so the text is long enough.
+    # Every tokenizer needs at least one token per word, so the text is long enough.
     assert len(text.split()) > 3000
 
 

@@ -15,7 +15,7 @@ from precast.loaders.artifact.manifest import FileEntry
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A folder with a file, a nested file, and one of everything that is not a regular file."""
+    """Make a folder with a file, a nested file, and one file of each kind that is not regular."""
     root = tmp_path / "artifact"
     (root / "inside").mkdir(parents=True)
     (tmp_path / "secret").write_bytes(b"secret")
@@ -86,7 +86,7 @@ def test_anything_but_a_regular_file_is_refused(root, name):
 def test_a_missing_file_is_named(root, name):
     with pytest.raises(PrecastError, match="is missing; copy or export the artifact again") as raised:
         files.member_path(root, name)
-    assert repr(name)[:200] in str(raised.value)  # of a long one the middle is left out
+    assert repr(name)[:200] in str(raised.value)  # the message leaves out the middle of a long name
 
 
 # --- contents -----------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_read_is_named(root, own_cache, monkeypatch):
 
 @pytest.fixture
 def reads(monkeypatch) -> list[Path]:
-    """The files that were hashed, in order."""
+    """Return a list to which the name of each hashed file is added."""
     seen = []
     original = files.digest_of
     monkeypatch.setattr(
@@ -164,7 +164,7 @@ def test_a_rewrite_of_the_same_size_with_its_time_set_back_is_detected(root, own
     path = root / "a.bin"
     entry, before = entry_of(path), path.stat()
     checked(root, entry)
-    time.sleep(0.05)  # more than a tick of the file system's clock
+    time.sleep(0.05)  # longer than a tick of the file system's clock
     path.write_bytes(b"Contents")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_mtime_ns == before.st_mtime_ns

@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_marked_leaves_no_descriptor_open(tmp_path, monk
 
 
 class Disk:
-    """A disk with room for a number of operations; the next one, or every later one, fails."""
+    """A disk with room for a number of operations, after which the next operation, or every later one, fails."""
 
     def __init__(self, patch: pytest.MonkeyPatch, room: int, *, once: bool) -> None:
         self.left, self.once, self.refused = room, once, 0
@@ -201,7 +201,7 @@ class Disk:
         def guarded(*arguments, **options):
             mode = arguments[1] if len(arguments) > 1 else options.get("mode", "r")
             if isinstance(mode, str) and "r" in mode and "+" not in mode:
-                return original(*arguments, **options)  # reading needs no room
+                return original(*arguments, **options)  # reading needs no free space
             self.left -= 1
             if self.left == -1 or (self.left < 0 and not self.once):
                 self.refused += 1
@@ -212,7 +212,7 @@ class Disk:
 
 
 def run_out(parent: Path, room: int, *, once: bool, there: bool) -> tuple[int, str]:
-    """Make a folder on a disk with room for so many operations; return the number of failed ones, and the error."""
+    """Make a folder on a disk that runs out of space; return the number of failed operations, and the error."""
     parent.mkdir()
     if there:
         make(parent / "target", text="old")
@@ -248,7 +248,7 @@ def test_a_disk_that_fills_up_at_any_moment_keeps_the_old_state(tmp_path, there)
 
 
 def test_an_old_artifact_that_cannot_be_restored_is_not_lost(tmp_path):
-    """From some moment on every write fails, even renames."""
+    """From some moment, every write fails, including renames."""
     for room in range(100):
         parent = tmp_path / f"{room}"
         refused, _ = run_out(parent, room, once=False, there=True)
@@ -260,7 +260,7 @@ def test_an_old_artifact_that_cannot_be_restored_is_not_lost(tmp_path):
 
 
 def test_a_real_full_disk(tmp_path, python):
-    """Use a file system of 64 kB, mounted in a namespace that ends with the process."""
+    """Use a file system of 64 kB in a mount namespace that ends with the process."""
     code = """
 import ctypes, os, sys
 from pathlib import Path

@@ -41,7 +41,7 @@ def attempt(call):
 
 
 def reference(params: SamplingParams, prompt: list[int], answer: list[int], ends: set[int]) -> set[int]:
-    """Return every token that may not come next, by the simplest code."""
+    """Return every token that is forbidden as the next one, computed by the simplest code."""
     text, ends = [*prompt, *answer], set() if params.ignore_eos else ends
     least = len(prompt) + params.min_tokens if params.min_tokens else params.min_length
     found = set(params.suppress_tokens)
@@ -58,7 +58,7 @@ def reference(params: SamplingParams, prompt: list[int], answer: list[int], ends
 
 
 def forbidden(params: SamplingParams, prompt: list[int], answer: list[int], ends: set[int]) -> set[int]:
-    """Return the tokens that a sampler never chooses next."""
+    """Return the tokens that a sampler never chooses as the next one."""
     sampler = Sampler(params, prompt, V, ends)
     for token in answer:
         sampler.observe(token)
@@ -74,7 +74,7 @@ def test_forbidden_tokens_match_the_reference(params, prompt, answer, ends) -> N
 
 
 def processors(torch, params: SamplingParams, prompt: list[int], ends: set[int]):
-    """Return transformers' processors for the same settings, in its order."""
+    """Return transformers' processors for the same settings, in transformers' order."""
     import transformers
 
     said = transformers.GenerationConfig(

@@ -36,14 +36,14 @@ def with_manifest(model: Model, *, eos=None, sampling=None) -> Model:
 
 @pytest.fixture(scope="module")
 def free(tiny_model):
-    """The greedy answer to PROMPT, up to the end of the context."""
+    """Return the greedy answer to PROMPT, up to the end of the context."""
     return tiny_model.generate(PROMPT, FREE)
 
 
 def test_the_answer_is_the_reference_s(free, reference):
     best = reference([*PROMPT, *free.token_ids]).argmax(-1)
     assert list(free.token_ids) == best[len(PROMPT) - 1 : -1].tolist()
-    assert len(set(free.token_ids)) > 5  # otherwise the test proves little
+    assert len(set(free.token_ids)) > 5  # otherwise, the tests with this answer prove little
 
 
 def test_the_fields_of_a_completion(free, tiny_model):
@@ -69,7 +69,7 @@ def test_ids_may_be_any_sequence_of_integers(tiny_model, free, kind):
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.3}])
 def test_log_probabilities_are_those_of_the_reference(tiny_model, reference, params):
-    """They are the model's own, whatever the sampling; the prompt's come from the same computation."""
+    """They are the model's own for any sampling parameters; those of the prompt come from the same computation."""
     found = tiny_model.generate(
         PROMPT, SamplingParams(ignore_eos=True, max_tokens=20, logprobs=3, prompt_logprobs=2, **params)
     )
@@ -312,7 +312,7 @@ def test_a_model_with_slots_generates_in_the_first(slots_model, free):
 
 
 def calls_of(work) -> int:
-    """Count function calls, in Python and into C."""
+    """Count calls of Python functions and of C functions."""
     count = 0
 
     def profile(frame, event, argument):

@@ -1,4 +1,4 @@
-"""Grammars with reasoning before the answer, and their building by several threads."""
+"""Grammars with reasoning before the answer, and grammars that several threads build."""
 
 import dis
 import sys
@@ -56,7 +56,7 @@ def spelling(*, drops: bool, marks: bool) -> Tokenizer:
 
 @pytest.mark.parametrize("marks", [True, False])
 def test_the_added_tokens_are_fetched_once(monkeypatch: pytest.MonkeyPatch, marks: bool) -> None:
-    """Some vocabularies have thousands of them."""
+    """Some vocabularies have thousands of added tokens."""
     tokenizer, fetches = spelling(drops=True, marks=marks), []
 
     class Counting:
@@ -113,12 +113,13 @@ def test_reasoning_in_any_tokenisation(
 
 
 class SlowGrammars(Grammars):
-    """Grammars of which some wait for an event before they are built.
+    """Grammars that wait for an event before they build one text.
 
     Attributes:
-        builds: the texts built, in the order of the beginnings.
-        slow: the text that waits.
-        begun, go: set when it begins to wait, and to let it go on.
+        builds: the texts, in the order in which their builds began.
+        slow: the text whose build waits.
+        begun: set when the build begins to wait.
+        go: to be set to let the build continue.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -167,7 +168,7 @@ def test_a_slow_grammar_delays_no_other(slow_grammars: SlowGrammars) -> None:
         thread.join(60)
         assert not thread.is_alive()
     assert (threads[0].is_alive(), found) == (True, [])
-    start(slow_grammars, regex="quick3")  # built already
+    start(slow_grammars, regex="quick3")  # this text is built already
     assert len(slow_grammars.builds) == 7
     slow_grammars.go.set()
     threads[0].join(60)
@@ -217,7 +218,7 @@ def test_after_a_failure_a_waiting_thread_builds_the_grammar(slow_grammars: Slow
 
 
 def interrupted_at(place: int, work: Callable[[], object]) -> bool:
-    """Call a function, and raise KeyboardInterrupt at a place in the module; return False if it ended before.
+    """Call a function, and raise KeyboardInterrupt at a place in the module; return False if the call ended before.
 
     The places are those where Python handles signals: after calls, at the start of functions and at the end of loops.
     """

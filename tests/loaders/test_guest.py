@@ -107,7 +107,7 @@ def test_nothing_that_a_host_sees_changes(
     assert seen.pop("mapped") is False
     before = seen.pop("before")
     for moment, after in seen.items():
-        if moment != "dropped":  # a model keeps its weights open, to notice a change
+        if moment != "dropped":  # a model keeps its weight file open, to detect changes
             after["files"] = before["files"]
         changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
         assert changed == {}, moment
@@ -118,7 +118,7 @@ def test_nothing_that_a_host_sees_changes(
 def test_a_library_is_quiet_whoever_loads_it(
     monkeypatch: pytest.MonkeyPatch, before: str | None, inside: bytes
 ) -> None:
-    """Below the command line, too, which sets the level to 1."""
+    """This also applies below the command line, which sets the level to 1."""
     name = "TF_CPP_MIN_LOG_LEVEL"
     getenv = ctypes.CDLL(None).getenv
     getenv.restype = ctypes.c_char_p

@@ -1,4 +1,4 @@
-"""Hostile constraints end within bounds: each with some tokens, or with one sentence."""
+"""Hostile constraints end within the time limit: each gives some tokens, or an error of one sentence."""
 
 import json
 import subprocess

@@ -52,7 +52,7 @@ def test_a_whole_surrogate_pair_is_a_character():
 
 @pytest.fixture
 def tokenizer_with(tiny_source):
-    """Return a function that returns the tiny tokenizer's JSON with keys replaced."""
+    """Return a function that replaces keys in the tiny tokenizer's JSON, and returns the JSON."""
     data = json.loads(tiny_source().tokenizer_json)
     return lambda **keys: json.dumps(data | keys).encode()
 
@@ -66,7 +66,7 @@ def refusal(data: bytes) -> str:
     return str(raised.value)
 
 
-# Tables that declare 4 GB, that are 3 bytes long, and that are empty; each also with an escape in the key.
+# Tables that claim 4 GB, tables of 3 bytes, and empty tables, each also with an escape sequence in the key.
 @pytest.mark.parametrize("key", ["precompiled_charsmap", "precompiled\\u005fcharsmap"])
 @pytest.mark.parametrize("table", ["/////w==", "AAAA", ""])
 def test_a_character_table_that_declares_too_large_a_size(tokenizer_with, key, table):

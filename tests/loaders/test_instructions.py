@@ -8,7 +8,7 @@ from precast.loaders.compiling.instructions import AVX512, UnknownInstruction, i
 
 capstone = pytest.importorskip("capstone")
 
-# Features by capstone's groups. Where it names none, our tables are checked less strictly.
+# Features by capstone's groups. If capstone names no group, precast's tables are checked less strictly.
 GROUPS = {
     "sse3": {"sse3"},
     "ssse3": {"ssse3"},
@@ -47,7 +47,7 @@ OTHERS |= {"branch_relative", "int", "privilege", "vm", "iret"}
 # Register and memory operands of every size of displacement.
 MODRM = (0xC1, 0x01, 0x41, 0x81, 0x04, 0x05, 0x44, 0xD9, 0x84)
 REST = bytes.fromhex("112233445566770809")
-# capstone decodes these differently: CPUs ignore their operand-size prefixes.
+# capstone decodes these instructions differently from CPUs, which ignore their operand-size prefixes.
 EXCEPT = ("ret", "vmread", "vmwrite")
 
 
@@ -94,7 +94,7 @@ def test_every_opcode_agrees_with_capstone_or_is_unknown(kind):
             except UnknownInstruction:
                 continue
             if expected is None or expected.mnemonic in EXCEPT:
-                continue  # compilers emit no code that no CPU decodes
+                continue  # an encoding that no CPU decodes, so compilers never emit it
             known += 1
             assert len(found.raw) == expected.size, f"{code.hex()}: {expected.mnemonic}"
             for group in map(expected.group_name, expected.groups):

@@ -156,7 +156,7 @@ def test_anything_but_a_json_object_is_refused(data, text):
 
 @pytest.mark.parametrize("depth", [*range(900, 1000, 5), 2000])
 def test_a_deep_value_in_a_wrong_place_is_refused_at_any_depth(depth):
-    """At some depths parsing succeeds, but repr of the value exceeds the recursion limit."""
+    """At some depths, parsing succeeds, but repr of the value exceeds the recursion limit."""
     text = json.dumps(GOOD | {"name": "@"}).replace('"@"', "[" * depth + "]" * depth)
     with pytest.raises(PrecastError, match=r"^m\.json: "):
         read(text)

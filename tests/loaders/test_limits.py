@@ -1,4 +1,4 @@
-"""System limits have an error text before XLA reaches them, and the number of threads is right."""
+"""System limits cause an error message before XLA reaches them, and the number of threads is right."""
 
 import re
 import subprocess
@@ -25,12 +25,12 @@ FREE = SamplingParams(ignore_eos=True)
 
 
 def few_threads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Simulate a system that lets this process start only this many more threads."""
+    """Simulate a system that lets this process start only `most` further threads."""
     monkeypatch.setattr(resources, "_thread_limit", lambda system: 1000)
     start, started = resources.start_new_thread, Counter[object]()
 
     def limited(function: Callable[..., None], arguments: tuple[Any, ...]) -> int:
-        gate = arguments[0]  # all threads of one trial wait at the same gate
+        gate = arguments[0]  # all threads of a trial wait for the same event
         if started[gate] >= most:
             raise RuntimeError("can't start new thread")
         started[gate] += 1
@@ -40,7 +40,7 @@ def few_threads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
 
 
 def test_a_thread_that_never_runs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without memory for its first step a thread starts, and does nothing."""
+    """If there is no memory for a thread's first step, the thread starts, but never runs."""
     monkeypatch.setattr(resources, "_thread_limit", lambda system: 0)
     monkeypatch.setattr(resources, "start_new_thread", lambda *_: 1)
     assert resources.limits(3).threads == 0
@@ -66,7 +66,7 @@ def test_an_existing_client_needs_no_threads(
     tiny_artifact: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load(tiny_artifact)
-    few_threads(monkeypatch, 1)  # which loads the programs
+    few_threads(monkeypatch, 1)  # the one thread loads the programs
     assert load(tiny_artifact).generate(PROMPT, FREE).token_ids == first.generate(PROMPT, FREE).token_ids
 
 
@@ -76,7 +76,7 @@ def test_enough_threads_are_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_groups_that_limit_threads_are_seen(tmp_path: Path) -> None:
-    """The tightest of version 1 or 2, by what it has left."""
+    """Of all control groups, version 1 or 2, the one with the fewest remaining threads counts."""
     for name, text in {
         "proc/self/cgroup": "8:pids:/a\n0::/a/b\n",
         "sys/fs/cgroup/pids/a/pids.max": "100\n",
@@ -121,7 +121,7 @@ except precast.PrecastError as error:
     ("beyond", "text"), [(-700 << 20, "refused"), (-1 << 20, "refused"), (8 << 20, "loaded")]
 )
 def test_address_space_is_refused_or_enough(tiny_artifact: Path, python: Any, beyond: int, text: str) -> None:
-    """Test limits around the bound in `load`, in a process whose trial is already recorded."""
+    """Test limits near the bound in `load`, in a process for which the trial is already recorded."""
     manifest = read_manifest(tiny_artifact)
     needed = limits.need(manifest, manifest.targets[0])
     space = needed.all + needed.idle + limits._FIXED + 2 * limits._PER_THREAD
@@ -156,7 +156,7 @@ except precast.PrecastError as error:
 def test_the_memory_of_a_second_model_counts(
     tiny_artifact: Path, python: Any, beyond: int, text: str
 ) -> None:
-    """Its threads do not: the first model started them."""
+    """The threads of the second model do not count, because the first model started them."""
     manifest = read_manifest(tiny_artifact)
     needed = limits.need(manifest, manifest.targets[0])
     space = needed.all + needed.idle + limits._FURTHER
@@ -173,7 +173,7 @@ def test_the_memory_of_a_second_model_counts(
 
 
 def test_idle_slots_need_address_space_and_no_memory(tiny_artifact: Path) -> None:
-    """Without kernels the programs fill the whole cache with zeros."""
+    """Programs without kernels fill the whole cache with zeros, so their idle slots need memory."""
     manifest = read_manifest(tiny_artifact)
     cpu, portable = (limits.need(manifest, target) for target in manifest.targets)
     assert manifest.slots == 8

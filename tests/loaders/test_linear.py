@@ -1,6 +1,7 @@
-"""Commands that read a manifest take linear time in its length, not quadratic.
+"""The time of commands that read a manifest is linear in the manifest's length, not quadratic.
 
-The tests count calls and attribute reads of records instead of time, for lists of one length and of four times it.
+Instead of measuring time, the tests count calls and attribute reads of records, for lists of one length and for lists
+that are four times as long.
 """
 
 import json
@@ -54,7 +55,7 @@ def many_targets(m: Any, n: int) -> None:
 
 
 def many_programs(m: Any, n: int) -> None:
-    """Make one prefill program per bucket, each in its own folder."""
+    """Make one prefill program for each bucket, each in a separate folder."""
     target, m["capacity"], m["buckets"] = m["targets"][0], n + 8, list(range(1, n + 1))
     (old,) = [p for p in target["programs"] if p["kind"] == "prefill"]
     others = [p for p in target["programs"] if p["kind"] != "prefill"]
@@ -128,7 +129,7 @@ COMMANDS: Mapping[str, Callable[[Manifest, Manifest], object]] = {
 
 @contextmanager
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Count reads of records' attributes, and calls."""
+    """Count calls, and reads of the records' attributes."""
     count, plain = [0], object.__getattribute__
 
     def read(self: object, name: str) -> Any:

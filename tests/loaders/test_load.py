@@ -207,7 +207,7 @@ def test_weights_that_do_not_fit_the_programs_are_named(artifact_copy, edit_mani
 
 
 def test_xla_refuses_an_invalid_executable_in_one_line(artifact_copy, edit_manifest):
-    """Its hash is right, so only XLA notices."""
+    """The hash of the executable is right, so only XLA detects the fault."""
     from precast.loaders.artifact.files import sha256_of
 
     path = artifact_copy / "programs/cpu/decode.xla"
@@ -257,7 +257,7 @@ def test_the_portable_target_is_refused_where_compiling_is_not_asked_for(tiny_ar
 
 
 def test_the_stablehlo_of_the_compiled_target_gives_the_same(artifact_copy, edit_manifest, answer, own_cache):
-    """If the executables are another jaxlib's, jaxlib compiles their StableHLO, which calls the kernels."""
+    """If another jaxlib made the executables, jaxlib compiles their StableHLO, which calls the kernels."""
     edit_manifest(artifact_copy, lambda manifest: manifest["targets"][0].update(jaxlib="0.9.9"))
     assert "or compile from StableHLO with --compile" in refusal(artifact_copy)
     model = load(artifact_copy, allow_compile=True, log=lambda _: None)
@@ -268,7 +268,7 @@ def test_the_stablehlo_of_the_compiled_target_gives_the_same(artifact_copy, edit
 
 
 def test_jax_itself_sees_no_trace_and_no_compilation(tiny_artifact, answer, python):
-    """jax's monitoring counts jax's work, a proxy counts the loader's calls of XLA; the test proves that both count."""
+    """jax's monitoring counts jax's work, and a proxy counts the loader's calls of XLA; both are shown to work."""
     code = f"""
 import sys, json, jax
 from jax import monitoring
@@ -375,7 +375,7 @@ def test_the_manifest_states_that_caches_are_aliased(tiny_artifact):
 
 
 def test_a_call_needs_less_memory_than_one_layer_s_cache(export_tiny):
-    """The context is long enough for a copy to exceed the activations."""
+    """The context is so long that a copy of the cache would take more memory than the activations."""
     root = export_tiny(context=128, slots=64, buckets=(8,), targets=("cpu",))
     manifest = read_manifest(root)
     layer = sum(array.bytes for array in manifest.cache) / manifest.model.layers

@@ -25,7 +25,7 @@ def error(value) -> str:
 
 
 def changed(good, path, value):
-    """Return a copy with the value at a path of keys and indices replaced, or removed if it is `...`."""
+    """Return a copy in which the value at a path of keys and indices is replaced, or removed if `value` is `...`."""
     result = copy.deepcopy(good)
     *way, last = path
     place = result
@@ -99,7 +99,7 @@ def test_format_5_has_no_prefixes(good):
 
 
 def without(good, programs, inputs):
-    """Return the manifest without the programs of some kinds, and without inputs of decode."""
+    """Return the manifest without the programs of some kinds, and without some inputs of decode."""
     result = copy.deepcopy(good)
     for target in result["targets"]:
         target["programs"] = [p for p in target["programs"] if p["name"] not in programs]
@@ -112,7 +112,7 @@ def without(good, programs, inputs):
 def test_targets_of_earlier_formats_have_no_score_and_no_slots(good):
     found = parse_manifest(json.dumps(without(good, {"score", "decode_1"}, {"slots"})).encode(), "m.json")
     assert not any(p.has_slots for target in found.targets for p in target.of_kind("decode"))
-    text = error(without(good, {"score"}, {"slots"}))  # decode_1 does not say whose its row is
+    text = error(without(good, {"score"}, {"slots"}))  # decode_1 has no input that states the slot of its row
     assert text == (
         "m.json: target 'portable': decode programs: expected different numbers of rows, with 8 as the largest, found"
         " [1, 8]; export the model again."
@@ -319,7 +319,7 @@ def test_every_inconsistency_is_named(good, path, value, text):
 
 
 def with_prefix(good, **changes):
-    """Return the manifest with a stored prefix, changed."""
+    """Return the manifest with a stored prefix, some of whose values are changed."""
     prefix = {
         "name": "system",
         "tokens": 63,
@@ -396,14 +396,14 @@ def test_every_key_of_every_record_is_required(good):
 
     def records(value, path):
         names = ("files", "versions", "named_templates", "source_files")
-        free = bool(path) and path[-1] in names  # keys are names here
+        free = bool(path) and path[-1] in names  # the keys of this object are arbitrary names
         if isinstance(value, dict) and not free:
             yield from ((*path, key) for key in value)
         items = (
             value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         )
         for key, inner in items:
-            if not isinstance(key, int) or key == 0:  # the first of a list stands for all
+            if not isinstance(key, int) or key == 0:  # check only the first item of each list
                 yield from records(inner, [*path, key])
 
     good = with_prefix(good)

@@ -1,4 +1,4 @@
-"""The cache folder: precast ignores an untrusted one, and says so."""
+"""The cache folder: precast does not use an untrusted cache folder, and prints a message."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def to_a_stranger_s(folder: Path) -> None:
     give(folder.with_name("elsewhere"))
 
 
-# Untrusted cache folders, each with the message.
+# Untrusted cache folders, each with the expected message.
 WRONG = {
     "group": (lambda folder: folder.chmod(0o770), "others may write to {folder} (mode 770)"),
     "others": (lambda folder: folder.chmod(0o707), "others may write to {folder} (mode 707)"),
@@ -111,7 +111,7 @@ def test_new_folders_are_private_under_any_umask(tmp_path, monkeypatch):
 
 @pytest.fixture
 def forged(cache, artifact_copy, tiny_model, monkeypatch):
-    """Make a cache in which another user recorded hashes of altered weights, and the target as tried."""
+    """Make a cache folder in which another user has recorded hashes of altered weights, and a trial of the target."""
     weights = artifact_copy / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"evil")
     manifest = loading.read_manifest(artifact_copy)
@@ -126,7 +126,7 @@ def forged(cache, artifact_copy, tiny_model, monkeypatch):
 def test_an_untrusted_record_of_hashes_is_ignored(cache, forged):
     artifact, _ = forged
     said: list[str] = []
-    loading.load(artifact, log=said.append)  # all of it still belongs to this user
+    loading.load(artifact, log=said.append)  # all files still belong to this user
     cache.chmod(0o777)
     with pytest.raises(PrecastError, match=r"'weights\.safetensors' has sha256"):
         loading.load(artifact, log=said.append)

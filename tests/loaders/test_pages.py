@@ -1,4 +1,4 @@
-"""HugePageWriter: the contents are the same in any order of writes, and lie in huge pages if the system has them."""
+"""HugePageWriter: contents are the same in any order of writes, and in huge pages if the system allows."""
 
 import mmap
 import os
@@ -42,7 +42,7 @@ def test_parts_in_any_order_make_the_file(tmp_path_factory, data):
 
 
 def huge_pages_of(path: Path) -> int:
-    """Return the number of a file's bytes that are mapped in huge pages after reading it all."""
+    """Map and read a whole file; return the number of bytes that are mapped in huge pages."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
         advise_huge_pages(mapping, 0, len(mapping))
         for at in range(0, len(mapping), 4096):
@@ -68,9 +68,9 @@ def test_small_writes_get_huge_pages_if_large_ones_do(tmp_path):
     for attempt in range(3):
         path = tmp_path / f"in parts {attempt}"
         write(path, data, cuts, order)
-        if huge_pages_of(path) >= HUGE_PAGE:  # as many as memory had together
+        if huge_pages_of(path) >= HUGE_PAGE:  # one huge page is enough, because free memory may be fragmented
             return
-        # Other processes use memory too: compare only if enough was free before and after.
+        # Other processes use memory too, so compare only if enough memory was free before and after.
         if not could_be_huge(f"at once, after {attempt}"):
             pytest.skip("memory has no huge pages left")
     pytest.fail("a file written in parts lies in small pages, one written at once in huge ones")

@@ -42,7 +42,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture
 def instead(own_cache) -> Iterator[Callable[[Path, str], None]]:
-    """Yield a function that replaces a file with a pipe, device, socket or folder; unblock all readers at the end."""
+    """Yield a function that replaces a file with a pipe, device, socket or folder. At the end, unblock all readers."""
     pipes: list[Path] = []
 
     def put(path: Path, kind: str) -> None:

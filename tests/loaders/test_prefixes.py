@@ -19,7 +19,7 @@ from precast.loaders.generation.prefixes import PrefixTree
 
 CONTEXT, LAYERS, HEADS, WIDTH = 48, 2, 2, 3
 CHUNK = 5
-# The window, and the positions of the ring: at least the window and a chunk less one.
+# The window, and the length of the ring: at least the window plus the largest chunk minus 1.
 RINGS = {"cache.window_4.keys": (4, 8), "cache.window_7.keys": (7, 11)}
 
 
@@ -31,7 +31,7 @@ class FakeEngine:
         self.sizes = {name: RINGS.get(name, (0, CONTEXT))[1] for name in names}
 
     def new_cache(self):
-        random = np.random.default_rng(0)  # positions that are not written hold garbage
+        random = np.random.default_rng(0)  # unwritten positions contain random values
         shape = {n: (LAYERS, 2, HEADS, s, WIDTH)[: 4 if "scale" in n else 5] for n, s in self.sizes.items()}
         return SimpleNamespace(
             arrays={name: random.integers(0, 1 << 16, s).astype(np.uint16) for name, s in shape.items()}
@@ -41,7 +41,7 @@ class FakeEngine:
         return {name: array[:, slot] for name, array in cache.arrays.items()}
 
     def read(self, tokens, cache, slot, start) -> None:
-        """Write what a model computes for the tokens from a position on."""
+        """Write the values that a model computes for the tokens, at the positions ``start …``."""
         for name, view in self.slot_views(cache, slot).items():
             for position in range(start, len(tokens)):
                 view[:, :, position % view.shape[2]] = expected(name, tokens[: position + 1], view[:, :, 0])
@@ -66,7 +66,7 @@ def check(engine: FakeEngine, tokens, cache, slot) -> None:
 
 
 def recount(tree: PrefixTree) -> int:
-    """Check the tree's structure, and return the memory that it takes."""
+    """Check the tree's structure, and return the memory that the tree takes."""
     total, left = 0, [tree._root]
     unpinned = 0
     while left:
@@ -94,7 +94,7 @@ def play(
     *,
     rejected: int = 0,
 ) -> int:
-    """Read a prompt in chunks after its prefix, then decode an answer; return the prefix's length.
+    """Compute a prompt in chunks after its prefix, then decode an answer; return the length of the prefix.
 
     Rejected drafts are written after the answer.
     """
@@ -115,7 +115,7 @@ def play(
 
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=30)
 NAMES = ("cache.keys", "cache.key_scale", *RINGS)
-POSITION = LAYERS * HEADS * 2  # bytes of a scale's position
+POSITION = LAYERS * HEADS * 2  # size in bytes of a position's scales
 
 
 @settings(max_examples=150, deadline=None)
@@ -140,7 +140,7 @@ def test_restored_positions_are_those_computed(turns, limit, names):
 
 
 def pin(tree: PrefixTree, engine: FakeEngine, tokens: list[int]) -> None:
-    """Pin a prefix in the form of a file, which holds only the window of a ring."""
+    """Pin a prefix in the form of a file, which contains only the window of a ring."""
     spans = {}
     for name, window in engine.windows.items():
         start = max(0, len(tokens) - window) if window else 0
@@ -171,7 +171,7 @@ def test_a_ring_is_cut_where_its_window_is_known():
     assert tree.match(tokens[:29]).length == 29  # the token at 29 attends to itself and three more
     assert tree.match(tokens[:28]).length == 0
     assert tree.match([*tokens[:20], 99]).length == 0
-    # Of a conversation that leaves the pinned prefix, positions are reusable from one window after that point.
+    # If a conversation leaves the pinned prefix, its positions are reusable again one window after that point.
     assert play(tree, engine, [*tokens[:20], *range(50, 60)], [], 0) == 0
     assert tree.match([*tokens[:20], *range(50, 60)]).length == 30
     assert tree.match([*tokens[:20], *range(50, 53)]).length == 23
@@ -184,7 +184,7 @@ def test_a_ring_forgets_what_an_answer_overwrote():
     tokens = list(range(40))
     engine.read(tokens, cache, 0, 0)
     tree.capture(tokens, cache, 0, restored=0)
-    # The ring holds the last 8 positions; 35 needs 32, 33 and 34.
+    # The ring contains the last 8 positions; position 35 needs 32, 33 and 34.
     assert [tree.match(tokens[:n]).length for n in (40, 36, 35, 34)] == [40, 36, 35, 0]
 
 
@@ -207,7 +207,9 @@ def test_the_least_recently_used_leaf_goes_first():
     tree.match(one)
     play(tree, engine, [4] * 8, [], 0)  # two segments, of 5 and 3 tokens
     assert [tree.match(p).length for p in (one, three, [4] * 8)] == [10, 10, 8]
-    assert tree.match(two).length == 0  # its first segment alone would fit, but both were evicted, leaf first
+    assert (
+        tree.match(two).length == 0
+    )  # the first segment alone would fit, but both were evicted, beginning with the leaf
 
 
 def test_a_segment_larger_than_the_bound_is_not_kept():

@@ -22,7 +22,7 @@ from precast.loaders.store import push as store_push
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.json.sig"
 VARIABLE = "PRECAST_REQUIRE_SIGNATURE"
-# Commands that require a signature, with their other arguments. A is the artifact, B another that is signed.
+# Commands that require a signature, with their other arguments. A is the artifact, and B is another, signed artifact.
 REQUIRING = {
     "run": ("A", "--ids", "1,2,3", "-n", "2"),
     "chat": ("A",),
@@ -49,7 +49,7 @@ EXEMPT = {
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory) -> SimpleNamespace:
-    """Make key pairs of two makers: files of the private and the public key."""
+    """Make the key pairs of two makers; return the files of the private and the public keys."""
     folder, found = tmp_path_factory.mktemp("keys"), SimpleNamespace()
     pem, text = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     for name in "ab":
@@ -170,7 +170,7 @@ def url(tmp_path) -> str:
 
 @pytest.fixture
 def versions(artifact_copy, keys, tmp_path):
-    """Push one of three versions to the store: signed by a, signed by b, or not signed. Each has its own card."""
+    """Return a function that pushes a version to the store: signed by a, by b, or unsigned, each with another card."""
     made = {}
     for name in ("a", "b", "none"):
         root = made[name] = Path(shutil.copytree(artifact_copy, tmp_path / f"version-{name}"))
@@ -207,7 +207,7 @@ def unreachable(monkeypatch) -> None:
 def test_an_artifact_verified_with_a_key_stays_when_the_url_changes_for_others(
     versions, url, keys, monkeypatch, then
 ):
-    """Pull with key a; then the store changes, and another run uses key b or no key."""
+    """Pull with key a. Then the store changes, and another run uses key b or no key."""
     versions("a", url)
     checked = fetch(url, keys.a.public)
     before = contents(checked)
@@ -274,7 +274,7 @@ def test_a_pull_without_a_key_does_not_replace_a_verified_folder(versions, url, 
     versions("none", url)
     with pytest.raises(PrecastError, match="the artifact here was verified with a key"):
         pull(None)
-    # Files added since the pull are unverified.
+    # Files that were added after the pull are unverified.
     shutil.rmtree(here)
     shutil.copytree(tmp_path / "version-a", here)
     assert pull(None) == "card of none"

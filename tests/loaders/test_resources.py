@@ -69,7 +69,7 @@ def test_groups_of_version_1(system):
 
 
 def test_inside_a_container_its_own_group_is_the_top(system):
-    """The group's name is the one outside the container, and is not visible inside."""
+    """The name of the group is relative to the host, and no such folder is visible inside the container."""
     root = system(
         {
             "proc/meminfo": MEMINFO,

@@ -39,7 +39,7 @@ def model(request: Any, export_tiny: Callable[..., Path], tiny_source: Callable[
 
 @pytest.fixture(scope="module")
 def alone(model: Model) -> Callable[[list[int], SamplingParams], Completion]:
-    """Return a function that generates without other prompts, drafts and prefixes."""
+    """Return a function that generates an answer without other prompts, drafts and prefixes."""
     plain = Model(
         engine=model.engine,
         tokenizer=model.tokenizer,

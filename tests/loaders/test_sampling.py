@@ -18,7 +18,7 @@ Case = tuple[np.ndarray, list[int], list[int], SamplingParams]
 
 
 def reference(logits: np.ndarray, prompt: list[int], answer: list[int], params: SamplingParams) -> np.ndarray:
-    """Return the probabilities [V], float64, by the simplest code."""
+    """Return the probabilities, float64 [V], computed by the simplest code."""
     scores = [float(x) for x in logits]
     for token, bias in dict(params.logit_bias).items():
         scores[token] += bias
@@ -57,8 +57,8 @@ def probabilities(
     return dense / dense.sum()
 
 
-# Quarters: differences are exact in float32, equal logits are common. Thresholds are odd numbers, so that no
-# sum of probabilities falls on one.
+# Logits are multiples of 1/4, so differences are exact in float32, and equal logits are common. Thresholds are uneven
+# numbers, so that no sum of probabilities equals a threshold.
 LOGITS = st.lists(
     st.one_of(st.integers(-40, 40).map(lambda n: n / 4), st.just(-math.inf)), min_size=1, max_size=40
 ).filter(lambda values: max(values) > -math.inf)
@@ -101,7 +101,7 @@ def test_probabilities_are_those_of_transformers(torch: Any, case: Case) -> None
 
     logits, prompt, answer, params = case
     history = [*prompt, *answer]
-    # OpenAI's penalties exist only here.
+    # Only precast has OpenAI's penalties.
     params = replace(params, presence_penalty=0.0, frequency_penalty=0.0)
     chain = [process.TemperatureLogitsWarper(params.temperature)]
     if history:
@@ -119,7 +119,8 @@ def test_probabilities_are_those_of_transformers(torch: Any, case: Case) -> None
     for step in chain:
         scores = step(ids, scores)
     expected = torch.softmax(scores.double(), dim=-1)[0].numpy()
-    # Of tied tokens, top-p drops the highest ids here, and arbitrary ones in torch. Compare them sorted.
+    # Among tied tokens, precast's top-p drops the highest ids, and torch drops arbitrary ones, so compare sorted
+    # values.
     found = probabilities(logits, prompt, answer, params)
     np.testing.assert_allclose(np.sort(found), np.sort(expected), rtol=1e-4, atol=1e-30)
     for same in (logits == level for level in set(logits.tolist()) if not params.is_penalised):

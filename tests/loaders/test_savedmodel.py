@@ -39,7 +39,7 @@ def copy(savedmodel_artifact, tmp_path) -> Path:
 
 @pytest.fixture
 def no_tensorflow(monkeypatch):
-    """Fail the test if anything of TensorFlow is used."""
+    """Fail the test if any part of TensorFlow is used."""
 
     class Untouchable:
         def __getattr__(self, name):
@@ -55,7 +55,7 @@ def refusal(artifact: Path, **options) -> str:
 
 
 def accept(artifact: Path, name: str) -> None:
-    """Put a changed file's hash into the manifest."""
+    """Update the manifest with the hash of a changed file."""
     data = (artifact / name).read_bytes()
     manifest = json.loads((artifact / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -84,7 +84,7 @@ def test_its_logits_are_the_reference_s_to_rounding(model, reference):
 
 
 def test_small_weights_an_int8_cache_windows_and_slots(windowed_savedmodel):
-    """The operations are the portable target's, compiled by another XLA."""
+    """The operations are those of the portable target, compiled by another version of XLA."""
     logits = []
     for target in ("savedmodel", "portable"):
         engine = load(
@@ -233,7 +233,7 @@ def test_a_link_in_place_of_its_folder_is_not_followed(artifact_copy, no_tensorf
 
 
 def refused_executable(artifact: Path, executable: str) -> str:
-    """Return the refusal of a target whose programs are in this file, according to the manifest."""
+    """Return the error for a target whose programs are in `executable`, according to the manifest."""
     manifest = read_manifest(artifact)
     programs = tuple(dataclasses.replace(p, executable=executable) for p in manifest.targets[0].programs)
     target = dataclasses.replace(manifest.targets[0], runtime="savedmodel", programs=programs)
@@ -273,7 +273,7 @@ def test_executables_that_are_no_savedmodel_are_refused(copy, no_tensorflow, edi
 
 
 def edit_graph(artifact: Path, change) -> None:
-    """Change the SavedModel's message with a function, and its hash in the manifest."""
+    """Apply a function to the SavedModel's message, and update the hash in the manifest."""
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     path = artifact / FOLDER / "saved_model.pb"
@@ -304,7 +304,7 @@ def test_an_operation_that_no_export_has_is_refused(copy):
 
 
 def test_the_function_that_saves_variables_may_not_be_called(copy):
-    """Every SavedModel holds this function, which writes files, for other loaders; no signature calls it."""
+    """Every SavedModel contains this function, which writes files, for other loaders; no signature calls it."""
 
     def call_it(message):
         functions = message.meta_graphs[0].graph_def.library.function
@@ -384,7 +384,7 @@ for threads in map(int, sys.argv[3:]):
     ],
 )
 def test_tensorflow_takes_a_number_of_threads_once(savedmodel_artifact, python, host, threads, expected):
-    """0 in TensorFlow's settings means its default; None of ours leaves them alone."""
+    """In TensorFlow's settings, 0 means the default; precast's None leaves the settings unchanged."""
     result = python("-c", THREADS, str(savedmodel_artifact), host, *map(str, threads))
     assert result.returncode == 0, result.stderr
     ignored = (

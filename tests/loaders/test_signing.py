@@ -36,7 +36,7 @@ def write_keys(folder: Path, name: str, key, password: bytes | None = None) -> t
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory) -> Path:
-    """A folder with key pairs of every kind, by name."""
+    """Return a folder with a key pair of every kind, by name."""
     folder = tmp_path_factory.mktemp("keys")
     write_keys(folder, "maker", ec.generate_private_key(ec.SECP256R1()))
     write_keys(folder, "other", ec.generate_private_key(ec.SECP256R1()))

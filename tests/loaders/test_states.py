@@ -24,7 +24,7 @@ MESSAGES = [{"role": "user", "content": "héllo"}, {"role": "assistant", "conten
 
 @pytest.fixture(scope="module")
 def answered(tiny_artifact):
-    """The model without memory of prompts, its answer to the prompt, and to the prompt with the answer."""
+    """Return a model without memory of prompts, its answer to the prompt, and its answer to prompt and answer."""
     model = load(tiny_artifact, prefix_memory=0)
     first = model.generate(PROMPT, PARAMS)
     return model, first, model.generate([*PROMPT, *first.token_ids, 9], PARAMS)
@@ -32,7 +32,7 @@ def answered(tiny_artifact):
 
 @pytest.fixture
 def saved(answered, tmp_path):
-    """A state of the prompt and its answer."""
+    """Return a state file of the prompt and its answer."""
     model, first, _ = answered
     path = tmp_path / "chat.state"
     model.save_state(path, first, messages=MESSAGES)
@@ -137,7 +137,7 @@ def test_targets_that_cannot_reuse_anything_are_refused(tiny_artifact, tmp_path)
 
 
 def rewritten(path, change) -> None:
-    """Change tensors and metadata of a state, with a hash that fits."""
+    """Change the tensors and metadata of a state file, and update its hash."""
     with path.open("rb") as file:
         metadata = read_metadata(file)
         tensors = {name: array.copy() for name, array in map_weights(file).items()}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.generation.stopping import StopStrings
 
-# Few letters, so that stop strings overlap themselves and one another.
+# Only a few letters, so that stop strings overlap themselves and each other.
 LETTERS = st.text(alphabet="abé", max_size=30)
 STOPS = st.lists(st.text(alphabet="abé", min_size=1, max_size=5), max_size=4)
 
@@ -77,7 +77,7 @@ def test_without_stop_strings_everything_passes() -> None:
 
 
 def test_work_and_memory_are_linear_in_the_text() -> None:
-    """The worst case: a stop string that almost matches everywhere."""
+    """Test the worst case: a stop string that almost matches everywhere."""
     watch = StopStrings(["a" * 1000 + "b"])
     shown = "".join(watch.push("a" * 100)[0] for _ in range(1000))
     assert len(shown) == 100_000 - 1000

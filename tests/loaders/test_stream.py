@@ -29,7 +29,7 @@ def tiny_model(tiny_artifact: Path) -> Model:
 
 
 def watched_caches(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return a list that collects weak references to every new cache."""
+    """Return a list to which a weak reference to every new cache is added."""
     made: list[Any] = []
     new_cache = model.engine.new_cache
 
@@ -44,7 +44,7 @@ def watched_caches(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 def caches(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Collect weak references to every new cache. Reference counting alone must free them."""
+    """Return weak references to all new caches, which reference counting alone must free."""
     made = watched_caches(tiny_model, monkeypatch)
     gc.disable()
     yield made

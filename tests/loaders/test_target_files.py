@@ -1,4 +1,4 @@
-"""Adding a target: the artifact is whole at any moment, whatever interrupts or fails, and whoever else writes."""
+"""Adding a target: the artifact is complete at any moment, despite interrupts, failures and other writers."""
 
 import base64
 import errno
@@ -30,7 +30,7 @@ NAME = "cpu-x86-64-v3"
 
 
 class Stop(BaseException):
-    """An error that no code handles, like a signal that ends the process."""
+    """An exception that no code handles, like a signal that ends the process."""
 
 
 def stop_at(monkeypatch, n: int, error: Exception) -> list[str]:
@@ -93,7 +93,7 @@ def test_the_artifact_is_whole_whatever_fails(add, artifact_copy, monkeypatch, e
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_leftovers_of_a_killed_run_are_removed(add, artifact_copy, monkeypatch, overwrite, tree):
-    """Kill it at each step without any clean-up, then run it again."""
+    """Kill the command at each step without any clean-up, then run it again."""
     monkeypatch.setattr(adding, "_replay", lambda *_: 5)
     if overwrite:
         add()
@@ -116,7 +116,7 @@ def test_leftovers_of_a_killed_run_are_removed(add, artifact_copy, monkeypatch, 
 
 
 def look_alikes(programs: Path) -> None:
-    """Make a user's folders, files and links with names and contents like ours."""
+    """Make a user's folders, files and links with names and contents like precast's."""
     mark, text = folders._MARK, folders._MARK_TEXT
     for name in (".mine.partial", ".add-target.0123456789ab.partial", "mine", "empty"):
         (programs / name).mkdir()
@@ -147,7 +147,7 @@ def test_lookalikes_of_our_folders_are_kept(add, artifact_copy, monkeypatch):
 
 
 def test_a_file_that_was_replaced_is_kept(add, artifact_copy, monkeypatch):
-    """A killed process wrote the file, and then somebody replaced it."""
+    """A killed process wrote the file, and then a user replaced it."""
     monkeypatch.setattr(adding, "_replay", lambda *_: 5)
     with monkeypatch.context() as patch:
         patch.setattr(artifact_changes, "_settle", lambda *_: None)
@@ -218,7 +218,7 @@ def test_a_missing_programs_folder_is_made_only_by_a_complete_run(
 
 
 def replaced_by_another(root: Path) -> None:
-    """Replace the folder, as an export with --overwrite does, by one with a target of the same name."""
+    """Replace the folder with another that has a target of the same name, as an export with --overwrite does."""
     other = Path(shutil.copytree(root, root.with_name("other")))
     (other / "programs" / NAME).mkdir(exist_ok=True)
     (other / "programs" / NAME / "decode.xla").write_bytes(b"another's")
@@ -232,7 +232,7 @@ def changed_in_place(root: Path) -> None:
 
 
 def copied(root: Path) -> None:
-    """Replace the folder by a copy."""
+    """Replace the folder with a copy."""
     root.rename(root.with_name("old"))
     shutil.copytree(root.with_name("old"), root)
 

@@ -11,7 +11,7 @@ from precast.loaders.add_prefix import PrefixSource, prefix_tokens
 from precast.loaders.artifact.errors import PrecastError
 
 USER = {"role": "user", "content": "the cat"}
-# Like Qwen 3's template.
+# A template like that of Qwen 3.
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n"
@@ -23,7 +23,7 @@ TEMPLATE = (
 def test_the_state_of_the_parser_follows_the_variables(
     scripted_model: Any, variables: dict[str, Any] | None, reasons: bool
 ) -> None:
-    """DeepSeek's templates open the reasoning in the prompt; a prompt may also hold a closed reasoning."""
+    """DeepSeek's templates open the reasoning in the prompt; a prompt may also contain a complete, empty reasoning."""
     template = (
         "{% for m in messages %}{{ m['content'] }}{% endfor %}<think>\n"
         "{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}"

@@ -1,4 +1,4 @@
-"""Many generations at once: answers equal to those of prompts alone, order, failures, threads and event loops."""
+"""Many generations at once: answers are those of each prompt alone; order, failures, threads and event loops."""
 
 import asyncio
 import copy
@@ -32,7 +32,7 @@ def prompts(count: int) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_model: Model) -> Callable[..., Completion]:
-    """Return a function that generates alone, with a memory."""
+    """Return a function that generates an answer alone, and remembers it."""
     known: dict[Any, Completion] = {}
 
     def generate(ids: list[int], params: SamplingParams = FREE) -> Completion:
@@ -182,7 +182,7 @@ async def read(stream: Stream, most: int) -> str:
 
 
 def test_twenty_tasks_with_cancellations(tiny_model: Model, alone: Any) -> None:
-    """Every third task is cancelled at a random place; the others get their whole answers."""
+    """Every third task is cancelled at a random moment; all other tasks get complete answers."""
     expected = [alone(ids) for ids in prompts(20)]
     streams = [tiny_model.stream(ids, FREE) for ids in prompts(20)]
 

@@ -100,7 +100,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], *, skip: bool = True) -> list
 def id_lists(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
     size = tokenizer.vocab_size
     anything = st.integers(0, size + 2)  # includes ids without a token
-    # Runs of byte tokens that form characters, which random ids hardly ever do.
+    # Runs of byte tokens that form characters, because random ids hardly ever form any.
     texts = st.text(max_size=4).map(lambda text: tokenizer.encode(text, add_special_tokens=False))
     parts = draw(st.lists(st.one_of(anything.map(lambda i: [i]), texts), max_size=12))
     return [token_id for part in parts for token_id in part]
@@ -173,7 +173,7 @@ def test_characters_returned_before_a_run_breaks_stay() -> None:
 
 
 def test_a_long_stream_decodes_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count the ids of each call of the library, for all decoders and for ids that never form a character."""
+    """Count the ids in each call of the library, for all decoders, and for ids that never form a character."""
     for name in TOKENIZERS:
         stream = TOKENIZERS[name].stream()
         sizes: list[int] = []

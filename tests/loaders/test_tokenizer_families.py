@@ -154,7 +154,7 @@ ADDS = {
 
 @pytest.fixture(scope="module")
 def family() -> Callable[[str], Tokenizer]:
-    """Return the tokenizer of a family, as in an artifact. Each is trained once."""
+    """Return a function that makes the tokenizer of a family, as in an artifact. Each tokenizer is trained once."""
     made: dict[str, Tokenizer] = {}
 
     def make(name: str) -> Tokenizer:
@@ -292,7 +292,7 @@ def test_a_chat_has_one_bos_which_the_template_writes(name, family):
     user, assistant = ids_of(tokenizer, "<|user|>", "<|assistant|>")
     assert [i for i in ids if i in (1, 2, user, assistant)] == [1, user, 2, assistant]
     assert ids[0] == 1
-    # A plain prompt's rule would add a second one.
+    # The rule for plain prompts would add a second token.
     text = tokenizer.render_chat([{"role": "user", "content": "the cat"}])
     assert tokenizer.encode(text).count(1) == 1 + ADDS.get(name, (1, 0))[0]
 

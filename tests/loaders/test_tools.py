@@ -1,4 +1,4 @@
-"""Malformed tools are one sentence, the same at every entry: a chat, a batch, a prefix, and the command line."""
+"""Malformed tools cause the same error in a chat, a batch, a prefix, and on the command line."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def deep(levels: int) -> dict[str, Any]:
     return value
 
 
-# The malformed tool after a good one, and the end of its error.
+# The malformed tool, which follows a valid one, and the end of the error message.
 MALFORMED: list[tuple[Any, str]] = [
     (3, "found int"),
     (None, "found NoneType"),

@@ -56,7 +56,7 @@ def test_an_artifact_is_tried_once(tiny_artifact, own_cache, children):
 def test_a_trial_computes_with_as_many_threads_as_the_load(
     tiny_artifact, own_cache, children, monkeypatch, threads
 ):
-    """A limit of threads or of address space may leave room for no more."""
+    """A limit on threads or on address space may not allow more."""
     asked, original = [], child_process.Child.ask
 
     def ask(self, request, *rest, **options):
@@ -72,7 +72,7 @@ def test_a_trial_computes_with_as_many_threads_as_the_load(
 
 
 def test_an_export_has_tried_its_artifact(tiny_artifact, children):
-    """The export recorded that in this session's cache."""
+    """The export recorded the trial in the cache folder of the tests."""
     load(tiny_artifact)
     assert children == []
 
@@ -364,7 +364,7 @@ def test_every_end_of_the_child_has_its_error_text(
 
 def test_a_child_that_hangs_is_ended(tiny_artifact, tmp_path, own_cache, monkeypatch):
     child_that(monkeypatch, tmp_path, "say(progress='loading decode'); time.sleep(600)")
-    # On a busy machine it may take seconds until a child says where it is.
+    # On a busy machine, it may take seconds until a child reports its progress.
     for limit_s in (1, 5, 60):
         monkeypatch.setattr(trial, "_limit_s", lambda *_, limit_s=limit_s: limit_s)
         with pytest.raises(PrecastError) as raised:
@@ -377,7 +377,7 @@ def test_a_child_that_hangs_is_ended(tiny_artifact, tmp_path, own_cache, monkeyp
 
 
 def answer_of_worker(python, root):
-    """Run the trial's child process by hand; return its result and the messages that it wrote."""
+    """Run the trial's child process directly; return its result and its messages."""
     target = read_manifest(root).targets[0].name
     request = {"root": str(root), "target": target, "allow_compile": False, "threads": 1}
     message = {"request": request, "limit_s": 600, "data": 0}

@@ -252,7 +252,7 @@ def test_a_logit_that_is_not_finite_is_outside_any_tolerance(tiny_model, golden,
 
 
 def with_tolerances(golden, *tolerances):
-    """Return the first answers, each with a tolerance of its own and without tokens."""
+    """Return the first answers, without tokens and each with a different tolerance."""
     greedy = []
     for answer, tolerance in zip(golden.greedy, tolerances, strict=False):
         first = dataclasses.replace(answer.first_logits, tolerance=tolerance)

@@ -1,4 +1,4 @@
-"""The weight file: a valid, aligned safetensors file; a file with an invalid header is refused."""
+"""The weight file is a valid, aligned safetensors file. A file with an invalid header is refused."""
 
 import hashlib
 import json
@@ -73,7 +73,7 @@ def test_the_order_of_the_specs_does_not_matter(tmp_path):
 @given(st.dictionaries(st.text(max_size=8), st.lists(st.integers(0, 9), max_size=4), max_size=12))
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tensors_before_the_first_odd_size_start_on_boundaries(tmp_path_factory, shapes):
-    """Read the file by the format's specification alone."""
+    """Read the file according to the format's specification, without precast's reader."""
     shapes.pop("__metadata__", None)
     path = tmp_path_factory.mktemp("aligned") / "w"
     write(path, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
@@ -153,7 +153,7 @@ def test_a_part_of_an_unknown_tensor_is_refused(tmp_path):
 
 
 def test_only_bfloat16_imports_ml_dtypes(python, tmp_path):
-    """Its import takes 10 ms."""
+    """The import of ml_dtypes takes 10 ms."""
     code = (
         "import sys; from pathlib import Path; from precast.loaders.artifact.weights import map_weights\n"
         "found = map_weights(Path(sys.argv[1])); print('ml_dtypes' in sys.modules, found['x'].dtype)"
@@ -292,7 +292,7 @@ def test_header_entries_may_be_in_any_order(tmp_path):
 @given(data=st.data())
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage_to_the_header_is_accepted_or_raises_precast_error(path, data):
-    """There is no other exception, and no view beyond the end of the file, which would crash on access."""
+    """No other exception is raised. No view exceeds the end of the file, because accessing it would crash."""
     original = path.read_bytes()
     end = 8 + int.from_bytes(original[:8], "little")
     damaged = bytearray(original)

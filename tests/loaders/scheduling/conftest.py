@@ -36,7 +36,7 @@ class FakeEngine:
 
     Attributes:
         calls: name and slots of each call.
-        before: receives the name of each call before the call runs; an exception makes the call fail.
+        before: called with the name of each call before it runs; if it raises an exception, the call fails.
         poisoned: token whose appearance in a slot makes the slot's logits NaN, or None.
     """
 
@@ -90,7 +90,7 @@ class FakeEngine:
         self.calls.append((name, slots))
 
     def _write(self, cache: FakeCache, slot: int, start: int, tokens: Sequence[int]) -> list[np.ndarray]:
-        """Write tokens to a slot, and return the logits after each."""
+        """Write tokens to a slot, and return the logits after each token."""
         held, found = cache.slots[slot], []
         assert start + len(tokens) <= self.context
         for position, token in enumerate(tokens, start):
@@ -106,7 +106,7 @@ class FakeEngine:
 
 
 class FakePrefixes:
-    """A store that knows every captured sequence."""
+    """A store of prefixes that keeps every captured sequence."""
 
     every_chunk = False
 
@@ -184,7 +184,7 @@ def new_sequence() -> Callable[..., TokenSequence]:
 
 @pytest.fixture(scope="session")
 def alone() -> Callable[..., list[int]]:
-    """Return a function that gives the answer of a sequence that runs alone, computed without engine or scheduler."""
+    """Return a function that computes the answer to a sequence that runs alone, without an engine or scheduler."""
 
     def answer(
         prompt: Sequence[int],

@@ -16,7 +16,7 @@ TEXT = list(range(100, 140))
 
 
 def proposals(drafts: Drafts, tokens: Sequence[int], begin: int, most: int = 15) -> list[list[int]]:
-    """Return the draft at each length of a text, as if every token had been decoded alone."""
+    """Return the draft at each length of a text, as if each token had been decoded separately."""
     return [drafts.propose(tokens[:n], most) for n in range(begin, len(tokens) + 1)]
 
 
@@ -38,7 +38,7 @@ def test_a_period_is_continued_beyond_the_known_tokens() -> None:
 def test_the_longest_match_is_followed_and_of_equal_ones_the_latest() -> None:
     drafts = Drafts(CallTimes(16))
     tokens = [5, 6, 7, 8, 9, 10, 11, 12, 1, 9, 10, 30, 2, 9, 10, 31]
-    drafts.propose([*tokens, 5, 6, 7, 8], 15)  # a match of its own, which goes on with 9
+    drafts.propose([*tokens, 5, 6, 7, 8], 15)  # these tokens occurred before, followed by 9
     assert drafts.propose([*tokens, 5, 6, 7, 8, 9, 10], 1) in ([], [11])
     assert drafts._source == tokens.index(11)
     other = Drafts(CallTimes(16))
@@ -53,7 +53,7 @@ def test_text_without_repetition_is_never_guessed() -> None:
 def test_lookups_that_were_wrong_stop_drafts_and_right_ones_bring_them_back() -> None:
     drafts, wrong = Drafts(CallTimes(16)), list[int]()
     for n in range(40):
-        wrong += [1, 2, 3, 4, 50 + n]  # the same four tokens, each time with another one after them
+        wrong += [1, 2, 3, 4, 50 + n]  # the same four tokens, followed by another token each time
     lengths = [len(draft) for draft in proposals(drafts, wrong, begin=1)]
     after_four = lengths[4::5]
     assert max(after_four[20:]) <= 1
@@ -91,7 +91,7 @@ def test_times_are_those_measured() -> None:
     times = CallTimes(16)
     assert [times.ratio(n) for n in (1, 4)] == [1.0, 1.5]
     for _ in range(60):
-        times.add(8, 1.0)  # nothing to compare with yet
+        times.add(8, 1.0)  # there is no time of a decode step yet
     assert times.ratio(8) == pytest.approx(1 + 7 / 6)
     times.add(1, 0.004)
     for _ in range(60):
@@ -112,7 +112,7 @@ def run(scheduler: Scheduler, *sequences: Any) -> None:
 
 @pytest.fixture
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop the clock, so that calls take the assumed time."""
+    """Stop the clock, so that all calls count with their assumed times."""
     monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
 
 

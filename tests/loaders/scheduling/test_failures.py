@@ -1,4 +1,4 @@
-"""Failures that affect only their own sequence; prefixes. The engine has no model."""
+"""Failures affect only the failing sequence; and prefixes. The engine has no model."""
 
 import gc
 import threading
@@ -198,7 +198,7 @@ def test_ctrl_c_while_a_cancelled_sequence_ends_does_not_keep_its_slot(
 
 
 def test_results_dropped_within_a_step_end_after_it(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
-    """The garbage collector may close the generator in the thread that runs the step."""
+    """The garbage collector may close a result's generator in the thread that runs the step."""
     engine = fake_engine()
     scheduler, sequence = Scheduler(engine), new_sequence([3])
     held = [together.results(scheduler, [partial(new_sequence, [n], limit=3 + 20 * n) for n in range(2)], 2)]

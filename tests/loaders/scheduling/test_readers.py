@@ -23,7 +23,7 @@ LONGEST_S = 60
 
 
 class Interrupt(BaseException):
-    """An interrupt that is neither Ctrl-C nor an exit."""
+    """An interrupt other than KeyboardInterrupt and SystemExit."""
 
 
 def finished(work: Callable[[], object]) -> object:
@@ -45,7 +45,7 @@ def test_a_reader_that_lags_holds_up_no_sequence_that_waits_for_a_slot(
         scheduler.submit(sequence)
     while scheduler.step():
         pass
-    assert [len(s.unread) for s in lagging] == [2, 2]  # nobody waits for their slots
+    assert [len(s.unread) for s in lagging] == [2, 2]  # no other sequence waits for their slots
     patient = new_sequence([5], limit=3)
     scheduler.submit(patient)
     while scheduler.step():
@@ -144,7 +144,7 @@ def test_an_interrupted_step_reaches_the_tasks(fake_engine: Any, new_sequence: A
 
     found = finished(lambda: asyncio.run(use()))
     assert isinstance(found, list)
-    # The sequences in the slots fail, and the tasks that wait for a slot learn of it.
+    # The sequences in the slots fail, and this wakes the tasks that wait for a slot.
     assert {type(result) for result in found} <= {PrecastError, Interrupt}
     stream = Stream(scheduler, new_sequence([9]))
     assert finished(lambda: asyncio.run(collect(stream))) == alone([9])
@@ -167,7 +167,7 @@ def test_an_executor_that_is_shut_down_fails_the_tasks(fake_engine: Any, new_seq
 
 @contextmanager
 def busy_executor() -> Iterator[ThreadPoolExecutor]:
-    """Yield an executor whose only thread is busy, so that further jobs stay in its queue."""
+    """Yield an executor whose only thread is busy, so that further jobs stay in the queue."""
     executor, is_over = ThreadPoolExecutor(1), threading.Event()
     executor.submit(is_over.wait)
     try:
@@ -245,7 +245,7 @@ def test_the_garbage_collector_may_close_a_reader_under_the_lock(
 
     def stop() -> None:
         may_step.set()
-        executor.shutdown()  # after the steps for the reader
+        executor.shutdown()  # wait for the steps that serve the reader
 
     def use() -> tuple[bool, list[int], bool]:
         gc.disable()
@@ -348,7 +348,7 @@ class Streamed:
 def test_twenty_requests_over_two_slots(
     fake_engine: Any, fake_prefixes: Any, new_sequence: Any, alone: Any, kind: Any, seed: int
 ) -> None:
-    """Random lengths, sizes of sinks, paces, cancellations and deadlines: all end, with the tokens of each alone."""
+    """With random lengths, paces, cancellations and deadlines, all requests end, with the tokens of each alone."""
     choose = random.Random(seed)
     engine = fake_engine(slots=2, score_tokens=4, memory=2)
     engine.before = lambda name: time.sleep(0.0002)

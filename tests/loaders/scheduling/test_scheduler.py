@@ -37,7 +37,7 @@ def test_sequences_together_answer_as_alone(fake_engine: Any, new_sequence: Any,
 
 
 def test_sequences_share_each_decode_step(fake_engine: Any, new_sequence: Any) -> None:
-    """Together three answers of 8 tokens take 7 steps after the prompts, and the last starts one step later."""
+    """Together, three answers of 8 tokens take 7 steps after the prompts; the last answer starts one step later."""
     engine = fake_engine()
     run(Scheduler(engine), *(new_sequence([n], limit=8) for n in range(3)))
     names = [name for name, _ in engine.calls]
@@ -57,7 +57,7 @@ def test_at_most_one_chunk_is_read_between_two_tokens(fake_engine: Any, new_sequ
 
 
 def test_prompts_are_read_in_the_order_of_arrival(fake_engine: Any, new_sequence: Any) -> None:
-    """A short prompt does not overtake a long one, and waits for one prompt at a time."""
+    """A short prompt does not overtake a long one; prompts are computed one at a time."""
     scheduler = Scheduler(fake_engine(slots=8))
     order: list[str] = []
     lengths = {"long": 40, "short": 1, "middle": 12}
@@ -304,7 +304,7 @@ def test_an_idle_cache_serves_the_next_sequence(
 def test_a_cache_that_takes_much_memory_is_freed(
     fake_engine: Any, fake_prefixes: Any, new_sequence: Any
 ) -> None:
-    """The limit counts each slot at the most that a sequence has filled of it, since the cache was created."""
+    """For the limit, a slot counts with the largest number of positions filled in it since the cache was created."""
     engine = fake_engine()
     scheduler = Scheduler(engine, prefixes=fake_prefixes(spare_bytes=30))
     run(scheduler, *(new_sequence([n], limit=10) for n in range(3)))  # 10 positions in each of 3 slots

@@ -110,7 +110,7 @@ class Run:
                 assert self.sequences[place].ended
 
     def finish(self) -> None:
-        """Read everything until all sequences have ended."""
+        """Read all tokens until all sequences have ended."""
         for _ in range(10_000):
             for place in range(len(self.sequences)):
                 self.read(place)

@@ -1,4 +1,4 @@
-"""Stores of each kind, their traffic, and ways to look into them."""
+"""Stores of each kind, records of their traffic, and functions that inspect them."""
 
 import filecmp
 import hashlib
@@ -43,7 +43,7 @@ def s3_server():
 
 @pytest.fixture(params=["file", "memory", "s3"])
 def url(request, tmp_path) -> str:
-    """Return a URL to push to, in an empty store of each kind."""
+    """Return a URL for a push, in an empty store; the test runs once for each kind of store."""
     if request.param == "s3":
         request.getfixturevalue("s3_server")
         return f"s3://{BUCKET}/{tmp_path.name}/tiny"
@@ -52,7 +52,7 @@ def url(request, tmp_path) -> str:
 
 @pytest.fixture
 def folder_url(tmp_path) -> str:
-    """Return a URL to push to, in an empty folder."""
+    """Return a URL for a push, in an empty folder."""
     return f"file://{tmp_path}/store/tiny"
 
 
@@ -112,7 +112,7 @@ def keys(tmp_path) -> SimpleNamespace:
 
 @pytest.fixture
 def pull() -> Callable[..., Transfer]:
-    """Return a function that pulls silently."""
+    """Return a function that pulls without messages."""
 
     def run(url: str, folder: Path, *, overwrite: bool = False, key: Path | None = None) -> Transfer:
         return store_pull.pull(url, folder, overwrite=overwrite, require_signature=key, log=lambda _: None)
@@ -142,7 +142,7 @@ def nothing_in() -> Callable[[Path], bool]:
 
 @pytest.fixture
 def replace() -> Callable[[Path, str, bytes], None]:
-    """Return a function that makes another version of an artifact: a file and its entry in the manifest."""
+    """Return a function that makes another version of an artifact: it changes a file and its entry in the manifest."""
 
     def write(root: Path, name: str, data: bytes) -> None:
         (root / name).write_bytes(data)

@@ -179,7 +179,7 @@ def test_a_file_system_without_locks(folder_url, tiny_artifact, tmp_path, monkey
 
 
 def test_a_folder_that_somebody_fills_is_left_alone(folder_url, tiny_artifact):
-    """A process that does not see our lock may be filling it; an orphaned folder is removed."""
+    """A locked folder, which another process may be filling, is kept; an orphaned folder is removed."""
     digest = store_push.push(tiny_artifact, folder_url).manifest
     parent = store_cache.artifact_folder(digest, store_cache.UNSIGNED).parent
     parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Indexes by an attacker who owns the store."""
+"""Indexes written by an attacker who owns the store."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from precast.loaders.store import push as store_push
 
 
 def evil_manifest(change):
-    """Edit manifest and index alike, as the store's owner can."""
+    """Edit both the manifest and the index, as the store's owner can."""
 
     def apply(index: dict, store: Path) -> None:
         entry = index["files"]["manifest.json"]
@@ -55,7 +55,7 @@ def sizes_that_add_up(index, store):
 
 
 def other_contents(index, store):
-    """Add a piece that matches its name but not its file."""
+    """Add a piece that matches its own hash but not the file."""
     data = bytes(index["files"]["README.md"]["bytes"])
     digest = hashlib.sha256(data).hexdigest()
     (store / "pieces" / digest[:2]).mkdir(exist_ok=True)

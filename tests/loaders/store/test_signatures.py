@@ -1,4 +1,4 @@
-"""Signatures in a store: checked first, renewed, and never replaced by an invalid one."""
+"""Signatures in a store: they are checked first, can be renewed, and are never replaced by invalid ones."""
 
 import errno
 

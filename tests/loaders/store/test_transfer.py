@@ -1,4 +1,4 @@
-"""Push and pull: an artifact comes back byte for byte, and nothing travels twice."""
+"""Push and pull: the pulled artifact is identical, and no piece is transferred twice."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_threads_that_pull_to_one_folder_fetch_once(url, tiny_artifact, tmp_path
 
 
 def test_processes_that_pull_to_one_folder(folder_url, tiny_artifact, tmp_path, same_folder):
-    """Two processes share a cache folder; the other two have their own and do not wait."""
+    """Two processes share a cache folder; the other two have separate cache folders and do not wait."""
     store_push.push(tiny_artifact, folder_url)
     command = [sys.executable, "-m", "precast.cli", "pull", folder_url, "-o", str(tmp_path / "out" / "here")]
 
@@ -173,7 +173,7 @@ def test_messages_cannot_control_a_terminal(capsys):
 
 
 def test_the_manifest_of_a_pulled_artifact_is_understood(folder_url, tiny_artifact, tmp_path, cli, in_index):
-    """Use the commands as in the documentation."""
+    """Use the commands as the documentation does."""
     pushed = cli("push", tiny_artifact, folder_url, "--json")
     assert json.loads(pushed.stdout)["manifest"] == in_index(folder_url)["manifest"]
     pulled = cli("pull", folder_url, "-o", tmp_path / "here")

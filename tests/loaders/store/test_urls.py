@@ -1,4 +1,4 @@
-"""URLs of stores: which are refused, and the secrets in them."""
+"""URLs of stores: refused URLs, and the secrets in URLs."""
 
 import sys
 
