@@ -451,7 +451,7 @@ def check(
     as_json: bool,
     require_signature: Path | None,
 ) -> int:
-    """Check if ARTIFACT runs on this machine.
+    """Check whether ARTIFACT runs on this machine.
 
     The output names each obstacle and its remedy. The command reads only the manifest.
 

@@ -62,10 +62,10 @@ class BlockFormat:
 
     Attributes:
         name: GGUF's name, in lower case.
-        code: the number that stands for the format in an artifact and in the kernels; it never changes.
-        bits: bits of a code.
-        scales: how the coefficients are stored.
-        zero: the code that represents zero; 0 in formats with minima.
+        code: the format's own number in artifacts and in the kernels; it never changes.
+        bits: number of bits in a weight's code.
+        scales: the way in which the coefficients are stored.
+        zero: the weight's code that represents 0; 0 in formats with minima.
     """
 
     name: str
@@ -80,7 +80,7 @@ class BlockFormat:
         return 2 if self.scales is Scales.SUPER_OF_16 else 1
 
     def coefficient_shapes(self, inputs: int) -> tuple[tuple[int, np.dtype], ...]:
-        """Return the number and the dtype of each kind of coefficient of one output, in the order that `pack` takes.
+        """Return the count and the dtype of each kind of coefficient of one output, in the order of `pack`'s arguments.
 
         `Scales.HALF`: the scales. `Scales.HALF_AND_MINIMUM`: scales, minima. `Scales.SUPER`: the factors of scales and
         of minima of the super-groups, then the 6-bit scales and minima of the groups. `Scales.SUPER_OF_16`: the factors
@@ -168,7 +168,7 @@ class BlockFormat:
     # --- unpacking ---------------------------------------------------------------------------------------------
 
     def unpack(self, records: Any, inputs: int) -> tuple[Any, Any, Any]:
-        """Return what records hold, for NumPy's and JAX's arrays alike.
+        """Return the codes, the scales and the minima in records, which may be arrays of NumPy or JAX.
 
         Args:
             records: uint8 ``[P, record_bytes]``.
@@ -188,7 +188,7 @@ class BlockFormat:
         return codes.astype(np.float32) - np.float32(self.zero), scale, minimum
 
     def dequantise(self, records: Any, inputs: int) -> Any:
-        """Return the weights in records ``[P, record_bytes]`` as float32 ``[P, 16, 32 G]``; for NumPy and JAX."""
+        """Dequantise records ``[P, record_bytes]`` of NumPy or JAX into float32 ``[P, 16, 32 G]``."""
         codes, scale, minimum = self.unpack(records, inputs)
         groups = codes.reshape(*scale.shape, -1) * scale[..., None]
         if minimum is not None:
@@ -225,7 +225,7 @@ class BlockFormat:
 
 
 def for_row_blocks(rows: int, columns: int, work: Callable[[slice], None]) -> None:
-    """Call `work` in several threads, with slices of a matrix's rows: whole panels of about `_BLOCK` weights together.
+    """Call `work` in several threads with slices of a matrix's rows. A slice is some panels of about `_BLOCK` weights.
 
     Raises:
         Exception: the first exception of `work`.
@@ -248,7 +248,7 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 
 def _packed_low(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack codes ``[P, I, 16]``, or the low four bits of each, into bytes ``[P, n]``."""
+    """Pack codes ``[P, I, 16]`` into bytes ``[P, n]``: 8-bit codes whole, of narrower codes the low four bits."""
     count = len(codes)
     if bits == 8:
         return _bytes(codes.reshape(count, -1, 2, PANEL).swapaxes(2, 3))
@@ -265,7 +265,7 @@ def _packed_high(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _unpacked_low(low: Any, bits: int) -> Any:
-    """Return the codes ``[P, 16, I]``, or their low four bits."""
+    """Return the codes ``[P, 16, I]`` if they have 8 bits, or else the low four bits of each code."""
     count = len(low)
     if bits == 8:
         return low.view(np.int8).reshape(count, -1, PANEL, 2).swapaxes(1, 2).reshape(count, PANEL, -1)
@@ -282,7 +282,7 @@ def _unpacked_high(high: Any, bits: int) -> Any:
 
 
 def _floats(stored: Any, shape: tuple[int, int, int]) -> Any:
-    """Return the float16 numbers ``[P, n, 16]`` in bytes as float32 ``[P, 16, n]``."""
+    """Read bytes as float16 numbers ``[P, n, 16]``, and return them as float32 ``[P, 16, n]``."""
     halves = stored.reshape(*shape, 2).view(np.float16)[..., 0]
     return halves.swapaxes(1, 2).astype(np.float32)
 
@@ -293,7 +293,7 @@ def spread(factors: Any, times: int, count: int) -> Any:
 
 
 def _unpacked_words(words: Any, groups: int) -> tuple[Any, Any]:
-    """Return the 6-bit scales and minima ``[P, 16, G]`` in words ``[P, ⌈G/4⌉, 3, 16]`` as float32."""
+    """Unpack words ``[P, ⌈G/4⌉, 3, 16]`` into 6-bit scales and minima, each ``[P, 16, G]`` float32."""
     top = words >> 12
     fourth = top[:, :, :1] | top[:, :, 1:2] << 4 | top[:, :, 2:] << 8
     xp = words.__array_namespace__()

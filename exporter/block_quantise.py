@@ -31,13 +31,13 @@ def encode(block_format: BlockFormat, matrix: np.ndarray, name: str = "a matrix"
     Args:
         block_format: the format.
         matrix: float32 ``[out, in]``, finite.
-        name: its name in messages.
+        name: the matrix's name in messages.
 
     Returns:
         The records, uint8 ``[panels, record_bytes]``.
 
     Raises:
-        PrecastError: the format cannot hold one of the values.
+        PrecastError: the format cannot represent one of the values.
     """
     check_largest(block_format, matrix, name)
     codes, *coefficients = quantise(block_format, matrix)
@@ -100,13 +100,13 @@ def fit(
 
 
 def fit_factors(block_format: BlockFormat, block: np.ndarray, importance: np.ndarray) -> Coefficients:
-    """Return the factors of the super-groups, with which the coefficients begin; empty for other formats."""
+    """Return the factors of the super-groups, which are the first coefficients; empty for formats without them."""
     count = {Scales.SUPER: 2, Scales.SUPER_OF_16: 1}.get(block_format.scales, 0)
     return fit(block_format, block, importance)[:count] if count else ()
 
 
 def effective(block_format: BlockFormat, coefficients: Coefficients) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return each group's scale and minimum, float32 ``[rows, n]``; None in place of the minima if there are none."""
+    """Return the scales and the minima of the groups, each float32 ``[rows, n]``; None for absent minima."""
     floats = [c.astype(np.float32) for c in coefficients]
     match block_format.scales:
         case Scales.HALF:
@@ -146,10 +146,10 @@ def bounds(block_format: BlockFormat) -> tuple[int, int]:
 
 
 def check_largest(block_format: BlockFormat, matrix: np.ndarray, name: str) -> None:
-    """Check that a format can hold all values of a matrix.
+    """Check that a format can represent all values of a matrix.
 
     Raises:
-        PrecastError: the format cannot hold one of the values.
+        PrecastError: the format cannot represent one of the values.
     """
     largest_code = _LARGEST_CODES.get(block_format.scales, 1)
     lowest, _ = bounds(block_format)
@@ -211,13 +211,13 @@ def _fit_super(
 
 
 def _factors(block_format: BlockFormat, wanted: np.ndarray) -> np.ndarray:
-    """Return the factors, float16 ``[rows, S]``, with which each super-group's largest scale gets the largest code."""
+    """Return the factors (float16 ``[rows, S]``) that give the largest scale of each super-group the largest code."""
     most = np.maximum.reduceat(np.abs(wanted), _starts(block_format, wanted.shape[1]), axis=1)
     return near_half(most / np.float32(_LARGEST_CODES[block_format.scales]))
 
 
 def _codes(block_format: BlockFormat, wanted: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Return the codes, float32 ``[rows, n]``, whose products with the factors are nearest to the wanted scales."""
+    """Return the codes (float32 ``[rows, n]``) whose products with the factors are nearest to the wanted scales."""
     codes = np.rint(wanted * inverse(_spread(block_format, factors.astype(np.float32), wanted.shape)))
     return _clipped(block_format, codes)
 

@@ -1,4 +1,4 @@
-"""Choose a format for each matrix, so that a model of a given size loses least."""
+"""Choose a format for each matrix, so that a model of a given size loses the least accuracy."""
 
 import heapq
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,7 @@ def with_budget(
 
     Args:
         plan: the plan, in which all matrices have the smallest format.
-        bits: maximum number of bits that a parameter of the model takes on average, counting everything that the
-            weight file holds of the model.
+        bits: maximum average number of bits per parameter, counting all data of the model in the weight file.
         text: the text to measure sensitivity on.
         progress: called with the number of layers measured so far.
 
@@ -66,23 +65,23 @@ def with_budget(
 
 
 def _sizes(item: Sensitivity) -> list[int]:
-    """Return the bytes that the matrices take in each format."""
+    """Return the size of the matrices in each format, in bytes."""
     outs, inputs = item.parameter.source_shape
     return [BLOCK_FORMATS[name].matrix_bytes(outs, inputs) * len(item.sources) for name in BUDGET_FORMATS]
 
 
 def _losses(plan: ExportPlan, item: Sensitivity) -> list[float]:
-    """Return the expected divergence in each format; a matrix loses nothing in the format of its source."""
+    """Return the expected divergence in each format; it is 0 in the format in which the source stores the matrices."""
     names = [item.parameter.sources[i] for i in item.sources]
     stored = {plan.weight_plan.tensors[name].block_format for name in names}
     return [0.0 if stored == {f} else loss for f, loss in zip(BUDGET_FORMATS, item.losses, strict=True)]
 
 
 def cheapest(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Choose an option of each item so that the sum of sizes is at most the budget and the sum of losses is small.
+    """Choose an option for each item so that the sum of sizes is at most the budget and the sum of losses is small.
 
-    Begin with the smallest options. Take the step to a larger option of an item that saves most loss for each byte, as
-    long as its bytes are left. Without the last steps, which fill the budget, the choice would be optimal for its size,
+    Begin with the smallest options. Then repeat the step to a larger option that saves the most loss for each byte, as
+    long as the budget allows. Without the last steps, which fill the budget, the choice would be optimal for its size,
     because all steps lie on the convex hull of an item's options (Fox 1966, https://doi.org/10.1287/mnsc.13.3.210).
 
     Args:
@@ -98,7 +97,7 @@ def cheapest(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
     steps: list[tuple[float, int, int]] = []  # loss saved for each byte, negative; item; option
 
     def offer(item: int, room: int) -> None:
-        """Push the best step of an item that fits."""
+        """Push the item's best step among the steps that fit into `room` bytes."""
         now = chosen[item]
         gains = [
             ((losses[item][option] - losses[item][now]) / size, item, option)

@@ -58,7 +58,7 @@ def read_calibration_text(path: Path | None) -> CalibrationText:
         topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         raise PrecastError(
-            "--bits: this Python lacks its own documentation (pydoc_data), the default text to calibrate with; add"
+            "--bits: this Python lacks its own documentation (pydoc_data), which is the default text; add"
             " --calibrate FILE."
         ) from None
     return CalibrationText(name="Python's documentation", content="\n\n".join(topics.values()))
@@ -164,9 +164,9 @@ def cut_windows(model: LayerwiseReference, text: CalibrationText) -> Sequence[Se
 def grams(
     model: LayerwiseReference, x: Array, rotary: Rotary, window: Array, *arrays: Array
 ) -> dict[tuple[int, ...], Array]:
-    """Run a layer; return, for each of its matrix products, the Gram matrix ``[in, in]`` of the inputs.
+    """Run a layer, and return the Gram matrix ``[in, in]`` of the inputs of each matrix product.
 
-    The key of a product is the tuple of the indices of its matrices in `arrays`.
+    Each key is a tuple: the indices in `arrays` of the matrices that the product multiplies by.
     """
     found: dict[tuple[int, ...], Array] = {}
 

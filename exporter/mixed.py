@@ -29,7 +29,7 @@ def stored_arrays(stored: ParameterFormat, shape: tuple[int, ...]) -> tuple[Stor
 
 
 def table(formats: Sequence[str], outs: int, inputs: int) -> np.ndarray:
-    """Return the table of matrices ``[outs, inputs]`` in these block formats."""
+    """Return the table ``[matrices, 2]`` of a stack: the code of each matrix's format, and the matrix's first unit."""
     starts = accumulate(_units(formats, outs, inputs)[:-1], initial=0)
     return np.array(
         [[BLOCK_FORMATS[f].code, unit] for f, unit in zip(formats, starts, strict=True)], np.int32
@@ -41,11 +41,11 @@ def _units(formats: Sequence[str], outs: int, inputs: int) -> list[int]:
 
 
 def panel_rows(stored: ParameterFormat, inputs: int) -> int | None:
-    """Return how many rows of a head's first array a panel of outputs takes; None if its outputs are not in panels.
+    """Return the number of rows of a head's first array that store one panel; None for a format without panels.
 
     Args:
         stored: the head's format.
-        inputs: the number of its inputs.
+        inputs: the head's number of inputs.
     """
     if not isinstance(stored, str):
         return BLOCK_FORMATS[stored[0]].record_bytes(inputs) // UNIT

@@ -128,8 +128,8 @@ def check_range(matrix: np.ndarray, name: str, format_name: str, largest: float)
     most = max(float(matrix.max()), -float(matrix.min())) if matrix.size else 0.0
     if not most <= largest:  # also for NaN
         raise PrecastError(
-            f"{name}: contains a value of {most:.6g}, expected at most {largest:.6g}, the largest that {format_name}"
-            " can represent; store the weights in a wider type."
+            f"{name}: contains a value of {most:.6g}, but {format_name} can represent at most {largest:.6g}; store the"
+            " weights in a wider type."
         )
 
 

@@ -26,13 +26,13 @@ Quantised = tuple[np.ndarray, ...]
 
 
 def quantise_int8(x: np.ndarray) -> Quantised:
-    """Quantise each column of x ``[n, G]`` to values -127..127 and a scale."""
+    """Quantise each column of x ``[n, G]`` to values from −127 to 127 and a scale."""
     step = _int8_step(x)
     return _quantise_without_minimum(x, step, -INT8_MAX, INT8_MAX, fit_int8(x))
 
 
 def quantise_symmetric(x: np.ndarray, zero: int = INT4_ZERO) -> Quantised:
-    """Quantise each column to values 0..2 · zero − 1 and a scale; the value `zero` represents a weight of 0."""
+    """Quantise each column to values from 0 to 2 · zero − 1 and a scale; the value `zero` represents a weight of 0."""
     step = _symmetric_step(x, zero)
     values, scale = _quantise_without_minimum(x, step, -zero, zero - 1, fit_symmetric(x, zero))
     return values + zero, scale
@@ -41,7 +41,7 @@ def quantise_symmetric(x: np.ndarray, zero: int = INT4_ZERO) -> Quantised:
 def _quantise_without_minimum(
     x: np.ndarray, step: np.ndarray, lowest: int, highest: int, fitted: np.ndarray
 ) -> Quantised:
-    """Quantise each column with the scale of the least error.
+    """Quantise each column with the scale that has the least error.
 
     The candidates are `fitted` and `step`, both rounded to the nearest float16, and `step` rounded up.
     """
@@ -56,14 +56,14 @@ def _int8_step(x: np.ndarray) -> np.ndarray:
 
 
 def _symmetric_step(x: np.ndarray, zero: int) -> np.ndarray:
-    """Return the scales that turn the value of the largest magnitude into −zero."""
+    """Return, for each column, the scale that maps the value of the largest magnitude to −zero."""
     low, high = x.min(0), x.max(0)
     step: np.ndarray = np.where(-low > high, low, high) / np.float32(-zero)
     return step
 
 
 def fit_int8(x: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Return a scale for each column of x ``[n, G]``, float32 ``[G]``, for values -127..127.
+    """Return the scale of each column of x ``[n, G]`` for values from −127 to 127, as float32 ``[G]``.
 
     Args:
         x: the columns.
@@ -73,7 +73,7 @@ def fit_int8(x: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
 
 
 def fit_symmetric(x: np.ndarray, zero: int, weight: np.ndarray | None = None) -> np.ndarray:
-    """Return a scale for each column, as `fit_int8` does, for values −zero..zero − 1."""
+    """Return the scale of each column, as `fit_int8` does, for values from −zero to zero − 1."""
     return _fit_scale(x, _symmetric_step(x, zero), (-zero, zero - 1), _SYMMETRIC_STRETCHES, weight)
 
 
@@ -108,7 +108,7 @@ def _fit_scale(
 
 
 def quantise_with_minimum(x: np.ndarray, levels: int = INT4_LEVELS) -> Quantised:
-    """Quantise each column of x ``[n, G]`` to values 0..levels, a scale and a minimum.
+    """Quantise each column of x ``[n, G]`` to values from 0 to `levels`, a scale and a minimum.
 
     Try several ranges, slightly clipped or widened at each end. For each range, round the values and fit the scale and
     the minimum to them by least squares. Then round and fit the best range `_REFITS` times more. If plain rounding over
@@ -131,7 +131,7 @@ def quantise_with_minimum(x: np.ndarray, levels: int = INT4_LEVELS) -> Quantised
 def fit_with_minimum(
     x: np.ndarray, levels: int, weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a scale and a minimum for each column of x ``[n, G]``, both float32 ``[G]``, for values 0..levels.
+    """Return a scale and a minimum for each column of x ``[n, G]``, to quantise it to values from 0 to `levels`.
 
     Args:
         x: the columns.

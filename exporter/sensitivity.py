@@ -1,7 +1,7 @@
 """Estimate how much each matrix of a model suffers from quantisation, on a text.
 
 Let the weights W of a matrix change by ΔW. To second order, the divergence KL(float32 model ‖ changed model), summed
-over the predictions, is half the square of ΔW in the Fisher information. Its diagonal is the mean square of the
+over the predictions, is ½ ΔWᵀ F ΔW with the Fisher information F. The diagonal of F is the mean square of the
 gradient of −log p for tokens that the model itself samples (Kunstner et al. 2019, https://arxiv.org/abs/1905.12558).
 One backward pass, layer by layer, gives these gradients for all matrices.
 
@@ -42,7 +42,7 @@ _MATRIX_AXES = 3  # a stack [L, out, in]
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """The divergence that each format of some matrices costs.
+    """The divergence that each format would cause if some matrices were stored in it.
 
     Attributes:
         parameter: the parameter that the matrices belong to.
@@ -144,7 +144,7 @@ def _layer_losses(
 def _losses(
     matrix: np.ndarray, importance: np.ndarray, formats: Sequence[BlockFormat], factor: float
 ) -> tuple[float, ...]:
-    """Return the sum of the rounding errors' squares in each format, weighted by input, times a factor."""
+    """Return, for each format, `factor` times the sum of the squared rounding errors, weighted by input."""
     rows = np.ascontiguousarray(matrix[:: max(1, len(matrix) // _ROWS)])
     losses = []
     for each in formats:
@@ -215,7 +215,7 @@ def _head_gradients(
 
 
 def _embedding_gram(spec: ModelSpec, windows: Sequence[Sequence[int]], slopes: Sequence[Array]) -> Array:
-    """Return the sum over the embedding's rows of their Fisher information, ``[D, D]``.
+    """Return the Fisher information ``[D, D]`` of the embedding's rows, summed over all rows.
 
     Args:
         spec: the model.

@@ -274,7 +274,8 @@ def write_model_weights(
         plan: the source tensors of each parameter.
         formats: the storage format of each parameter by name, as returned by `formats_of`.
         tables: further arrays, written unchanged.
-        count: called after each source tensor with the number of bytes written for it; the sum is `stored_bytes`.
+        count: called after each source tensor with the number of bytes written for it. The numbers add up to the
+            result of `stored_bytes`.
         calibrated: the parameters that calibration quantises; None for no calibration.
 
     Returns:

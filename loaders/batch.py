@@ -54,7 +54,7 @@ _SUPPORTED: Mapping[str, tuple[object, ...]] = {"n": (1, None), "stream": (False
 
 
 class BatchResult(NamedTuple):
-    """The numbers of records in the output: records kept from an earlier run, all answers, all errors."""
+    """The numbers of records in the output: records of an earlier run, all answers, and all errors."""
 
     kept: int
     answers: int

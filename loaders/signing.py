@@ -127,9 +127,9 @@ def _check_bundle(manifest: bytes, signature: bytes, public: Any, key: str, wher
     hint, signed = _statement(signature, at)
     if hint != _fingerprint(public):
         raise PrecastError(
-            f"{at}: it was made with another key (sha256 {hint:.12}…), expected {key}"
-            f" (sha256 {_fingerprint(public):.12}…); ask the artifact's maker for that other key, or for a"
-            " copy signed with the expected key."
+            f"{at}: expected a signature made with {key} (sha256 {_fingerprint(public):.12}…), found one made with"
+            f" another key (sha256 {hint:.12}…); ask the artifact's maker for the public key {hint:.12}…, or for a copy"
+            " signed with the expected key."
         )
     if signed != hashlib.sha256(manifest).hexdigest():
         raise PrecastError(

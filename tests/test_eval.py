@@ -200,11 +200,11 @@ def test_a_text_too_short(refused, tiny_artifact, tmp_path, text):
     path.write_text("the cat")
     line = refused(tiny_artifact, "--text", path)
     assert re.fullmatch(
-        re.escape(f"{path}: ") + r"expected at least 64 tokens, enough for one window, found \d;"
+        re.escape(f"{path}: ") + r"expected at least 64 tokens \(enough for one window\), found \d;"
         r" give a longer text, a larger --tokens or a smaller --window\.",
         line,
     )
-    assert "expected at least 32 tokens, enough for one window, found 20;" in refused(
+    assert "expected at least 32 tokens (enough for one window), found 20;" in refused(
         tiny_artifact, "--text", text, "--tokens", "20", "--window", "32"
     )
 

@@ -166,7 +166,7 @@ def with_keys(name: str, *more: Callable[[Writer], None]) -> Case:
         ),
         (
             dataclasses.replace(GEMMA3, metadata=cases.newer_gemma3_keys([True])),
-            "expected gemma3.attention.sliding_window_pattern to be a list of 7 values, one per layer, found [True]",
+            "expected gemma3.attention.sliding_window_pattern to be a list of 7 values (one per layer), found [True]",
         ),
         (
             with_keys("qwen3", lambda w: w.add_sliding_window(8)),
@@ -236,7 +236,7 @@ def test_an_attention_factor_that_contradicts_the_context_lengths(tmp_path: Path
 
     case = dataclasses.replace(CASES["phi3 with longrope"], metadata=write)
     assert (
-        "expected phi3.rope.scaling.attn_factor to be 1, which the context lengths imply, found 1.19"
+        "expected phi3.rope.scaling.attn_factor to be 1 (as the context lengths imply), found 1.19"
         in refusal(case, tmp_path)
     )
 

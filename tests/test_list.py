@@ -125,7 +125,7 @@ def test_stored_prefixes_are_listed(cli, folder, prefixed_artifact, edit_manifes
     assert lines[1].endswith(f"  {shown}, second ({prefix.tokens} tokens, not used here)")
     (found,) = json.loads(cli("list", folder / "good", "--json").stdout)
     size = sum((prefixed_artifact / name).stat().st_size for name in (prefix.file, prefix.arrays))
-    reason = f"target {other!r} computed it, and target {prefix.target!r} runs here"
+    reason = f"target {other!r} computed it, but target {prefix.target!r} runs here"
     assert found["prefixes"] == [
         {"name": "fox", "tokens": prefix.tokens, "bytes": size, "obstacle": None},
         {"name": "second", "tokens": prefix.tokens, "bytes": size, "obstacle": reason},

@@ -106,14 +106,14 @@ def read_mixture(
     if mixture.experts_per_token > mixture.experts:
         raise reader.wrong(
             "num_experts_per_tok",
-            f"at most {mixture.experts}, the number of experts",
+            f"at most {mixture.experts} (the number of experts)",
             mixture.experts_per_token,
         )
     return mixture
 
 
 def uniform_windows(window: int | None, layers: int) -> tuple[int, ...]:
-    """Return the same window for every layer, or an empty tuple, for full attention, if `window` is None."""
+    """Return `window` once for every layer; if it is None, return an empty tuple, which means full attention."""
     return () if window is None else (window,) * layers
 
 
@@ -146,7 +146,7 @@ def read_windows(reader: ConfigReader, window: int | None, types: Sequence[str])
 
 
 def check_layer_types(reader: ConfigReader, config: DecoderConfig) -> None:
-    """Check that `layer_types`, if the architecture has not read it, agrees with the windows of the layers.
+    """If the architecture has not read `layer_types`, check that it agrees with the windows of the layers.
 
     Newer versions of transformers write this key for architectures that do not use it.
 

@@ -119,7 +119,7 @@ def _divisors(parameters: ConfigReader, key: str, pairs: int) -> np.ndarray:
         raise parameters.wrong(key, "a list of numbers above 0", values)
     if len(values) != pairs:
         raise PrecastError(
-            f"{parameters.where}: expected {key!r} to have {pairs} numbers, one for each rotated pair, found"
+            f"{parameters.where}: expected {key!r} to have {pairs} numbers (one for each rotated pair), found"
             f" {len(values)}."
         )
     return np.array(values, np.float32)
@@ -135,8 +135,8 @@ def _original(base: UnscaledRope, parameters: ConfigReader, default: int | None 
     stated = [n for n in (inside, base.original) if n is not None]
     if len(set(stated)) > 1:
         raise PrecastError(
-            f"{parameters.where}: expected {ORIGINAL} to be {stated[1]}, the model's own value, found {stated[0]};"
-            " correct the wrong value."
+            f"{parameters.where}: {ORIGINAL} is {stated[0]} in the RoPE parameters, but {stated[1]} outside them;"
+            " correct the value that is wrong."
         )
     found = stated[0] if stated else default
     if found is None:

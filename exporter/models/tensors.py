@@ -71,7 +71,7 @@ def transpose(tensor: SourceTensor) -> SourceTensor:
 def scale(tensor: SourceTensor, factor: float) -> SourceTensor:
     """Multiply the values by a factor in float32.
 
-    The result has `blocks` None, because quantised blocks could not represent the products exactly.
+    The result's `blocks` is None, because quantised blocks could not represent the products exactly.
     """
     return replace(
         tensor,

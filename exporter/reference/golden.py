@@ -54,7 +54,7 @@ def is_exact(manifest: Manifest) -> bool:
 
 
 def tie_of(manifest: Manifest) -> float:
-    """Return the smallest lead (see `TIE`) with which an artifact's likeliest token counts as untied."""
+    """Return the smallest lead (see `TIE`) at which an artifact's likeliest token no longer counts as tied."""
     if is_exact(manifest):
         return TIE
     reduced = INT4_TIE if manifest.model.weights == "int4" or _has_mixed_weights(manifest) else REDUCED_TIE
@@ -90,8 +90,8 @@ class Case:
 def prompts(model: Model) -> list[tuple[int, ...]]:
     """Return the prompts of the golden answers as token ids.
 
-    The prompts are `TEXTS`, and a prompt that is one token longer than the smallest bucket if the context allows that
-    length. Each prompt leaves room for an answer.
+    The prompts are `TEXTS`. If the context is long enough, there is also a prompt that is one token longer than the
+    smallest bucket. Each prompt leaves room for an answer.
     """
     vocab, context = model.engine.vocab, model.engine.context
     room = max(1, context - TOKENS)

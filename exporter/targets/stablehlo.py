@@ -32,6 +32,6 @@ def for_all_jaxlibs(module: bytes, where: str) -> bytes:
             return bytes(stablehlo.serialize_portable_artifact(parsed, OLDEST_READER))
         except ValueError as error:
             raise PrecastError(
-                f"{where}: cannot be written as StableHLO {OLDEST_READER}, which the oldest jaxlib that precast"
-                f" supports reads ({error}): please report this."
+                f"{where}: cannot be written as StableHLO {OLDEST_READER} for the oldest supported jaxlib ({error}):"
+                " please report this."
             ) from None

@@ -80,7 +80,7 @@ def cache_problem(name: str) -> str | None:
 
 
 def _untrusted(path: str, own: int) -> str | None:
-    """Describe the first folder on a path that another user can write to; return None if there is none.
+    """Describe the first folder on a path that another user can write to; return None if there is no such folder.
 
     Args:
         path: absolute path of a folder.

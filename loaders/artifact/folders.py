@@ -222,7 +222,11 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Rename `temporary` to `path`; an artifact at `path` is moved to the temporary name, or removed."""
+    """Rename `temporary` to `path`.
+
+    With `overwrite`, an artifact at `path` gets the name `temporary` in exchange. If the system cannot exchange names,
+    that artifact is removed.
+    """
     if not overwrite or not path.exists():
         try:
             temporary.rename(path)

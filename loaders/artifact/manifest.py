@@ -311,7 +311,7 @@ class Prefix(Frozen):
         tokens: number of tokens.
         file: JSON file with the token ids.
         arrays: safetensors file with a tensor for each array of the KV cache. A tensor contains positions 0 to
-            ``tokens − 1`` of a slot; for an array with a window, it contains only the last of these positions.
+            ``tokens − 1`` of a slot. For an array with a window of W positions, it contains at most the last W of them.
         target: name of the target that computed the arrays.
         kernels: ABI version of the kernels that computed the arrays.
         isa: instruction set of these kernels.

@@ -177,7 +177,7 @@ def _check_decode_and_score(manifest: Manifest, target: Target, where: str) -> N
     scores = [p.tokens for p in target.of_kind("score")]
     if len(scores) > 1 or not all(1 <= tokens <= max(manifest.buckets) for tokens in scores):
         raise PrecastError(
-            f"{where}: score programs: expected at most one, with 1 to {max(manifest.buckets)} tokens, found"
+            f"{where}: score programs: expected at most one (with 1 to {max(manifest.buckets)} tokens), found"
             f" {scores!r:.200}; export the model again."
         )
 

@@ -231,7 +231,7 @@ def _mismatches(
 
 
 def _command(*words: object) -> str:
-    """Return a precast command to copy into a shell; untrusted words are quoted."""
+    """Return a precast command that can be pasted into a shell, with untrusted words quoted."""
     return shlex.join(("precast", *map(str, words)))
 
 

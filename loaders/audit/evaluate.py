@@ -59,7 +59,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactScorer:
-    """A loaded artifact as a scorer: prefill up to the first scored position, then decode, all in the first slot."""
+    """A scorer that runs an artifact: it prefills up to the first scored position, then decodes, in the first slot."""
 
     model: Model
 
@@ -153,7 +153,7 @@ def plan_windows(total: int, width: int, shortest: int) -> tuple[range, ...]:
 
 
 def cut(tokens: Tokens, count: int, window: int) -> tuple[tuple[int, ...], ...]:
-    """Cut a text into windows; return none if the text is too short, or its prefix fills half a window.
+    """Cut a text into windows; return no windows if the text is too short, or its prefix fills half a window.
 
     Args:
         tokens: the text.

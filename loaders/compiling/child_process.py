@@ -266,7 +266,7 @@ def environment(module: str) -> dict[str, str]:
 
 
 def _python() -> str | None:
-    """Return the path of the Python interpreter, which may differ from `sys.executable`; None if there is none."""
+    """Return the path of a Python interpreter, which may differ from `sys.executable`; None if none is found."""
     # An application frozen into one file (PyInstaller) comes without an interpreter.
     if getattr(sys, "frozen", False):
         return None

@@ -81,7 +81,7 @@ def default_isa() -> str:
 
 
 def next_level(isa: str) -> str | None:
-    """Return the next wider level; None if there is none or this machine lacks it."""
+    """Return the next wider level; None if `isa` is the widest level, or this machine lacks the next one."""
     names = list(LEVELS)
     wider = names[names.index(isa) + 1 :] if isa in LEVELS else []
     return wider[0] if wider and not _lacks(wider[0]) else None

@@ -35,15 +35,15 @@ class Commands(click.Group):
         return list(self.commands)  # in the order of `cli.py`; click would sort the names
 
     def invoke(self, context: click.Context) -> Any:
-        # Handle errors here as well as in `main`, because click's code between `main` and `invoke` would catch
-        # KeyboardInterrupt and print click's own message.
+        # Handle errors here as well as in `main`, because click's code between the two would catch KeyboardInterrupt
+        # and print its own message.
         with _lines_only():
             context.exit(super().invoke(context))
 
 
 @contextmanager
 def _lines_only() -> Iterator[None]:
-    """Print an error that the user can correct as one line on standard error, and exit with code 2."""
+    """If the block raises an error that the user can correct, print one line on standard error; exit with code 2."""
     try:
         try:
             yield

@@ -135,7 +135,7 @@ def _measure(
         windows = e.cut(tokens, options.tokens, window)
         if not windows:
             raise PrecastError(
-                f"{path}: expected at least {min(window, e.SHORTEST_LAST)} tokens, enough for one window, found"
+                f"{path}: expected at least {min(window, e.SHORTEST_LAST)} tokens (enough for one window), found"
                 f" {min(len(tokens.ids), options.tokens)}; give a longer text, a larger --tokens or a smaller --window."
             )
         scores = e.evaluate(artifact, windows, reference, display)

@@ -279,7 +279,7 @@ _SERVING = (
         "--api-key-file",
         metavar="FILE",
         type=PATH,
-        help="Answer only requests with an API key from this file, which has one key a line. Default: the keys in"
+        help="Answer only requests with an API key from this file, with one key per line. Default: the keys in"
         " PRECAST_API_KEYS, separated by commas. Without keys, every request is answered.",
     ),
     click.option(
@@ -344,7 +344,7 @@ _SERVING = (
     click.option(
         "--answer-format",
         metavar="FAMILY",
-        help="Expect tool calls in the form of this family of models, as in precast run.",
+        help="Expect the tool-call syntax of this model family, as in precast run.",
     ),
 )
 

@@ -127,7 +127,7 @@ class AnswerOptions(Frozen):
     tool_choice: str = "auto"
 
     def given(self) -> Mapping[str, Any]:
-        """Return those options that are sampling parameters."""
+        """Return the options that are sampling parameters."""
         return {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs, "echo": self.echo}
 
 

@@ -30,7 +30,7 @@ def harmless(text: str) -> str:
 
 
 def harmless_pieces(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the pieces of a text with CRLF as newlines, and with `harmless` applied to all other characters."""
+    """Yield the pieces of a text after replacing each CRLF with a newline, and applying `harmless` to the rest."""
     held = ""
     for piece in pieces:
         text = held + piece
@@ -44,5 +44,5 @@ def harmless_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def escaped(line: str) -> str:
-    """Return a line of JSON with escapes for the characters that could control a terminal. Its value is unchanged."""
+    """Escape the characters in a line of JSON that could control a terminal; the JSON value is unchanged."""
     return line.translate({code: f"\\u{code:04x}" for code in _COMMANDS})

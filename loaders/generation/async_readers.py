@@ -85,7 +85,7 @@ class AsyncReaders:
             return loop not in self._waiting
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Wake the readers whose sequence has an unread piece or has ended; return True if no reader is left."""
+        """Wake the readers whose sequence has an unread piece or has ended; return True if no reader still waits."""
         with self._lock:
             readers = self._waiting.get(loop, {})
             for news in [news for news, sequence in readers.items() if sequence.has_news()]:

@@ -254,7 +254,7 @@ def _check_merges(where: str, schema: dict[str, Any]) -> None:
     """Check the patterns and the `multipleOf` divisors that a single value may have to satisfy together.
 
     Raises:
-        PrecastError: there are too many patterns, a pattern is too long, or a divisor is too large.
+        PrecastError: there are too many patterns, a pattern is too long, or a divisor has too many digits.
     """
     patterns: set[str] = set()
     divisors: set[Decimal] = set()
@@ -283,13 +283,23 @@ def _check_merges(where: str, schema: dict[str, Any]) -> None:
             f"{where}: a pattern must have at most {_LONGEST['regex']:,} characters, found"
             f" {len(longest):,}; shorten it."
         )
-    if any(
-        _remainders(group) > _MOST_REMAINDERS for group in ([divisors] if merges else [{d} for d in divisors])
-    ):
-        limited = "the product of all multipleOf" if merges else "multipleOf"
+    _check_divisors(where, divisors, merges)
+
+
+def _check_divisors(where: str, divisors: set[Decimal], merges: bool) -> None:
+    """Check that an automaton for the divisors of `multipleOf` is small enough.
+
+    Args:
+        where: the place of the schema, for messages.
+        divisors: all values of `multipleOf`.
+        merges: True if a single value may have to satisfy all of them together.
+    """
+    worst = max(divisors, key=lambda d: _remainders({d}), default=Decimal(1))
+    if _remainders(divisors if merges else {worst}) > _MOST_REMAINDERS:
+        limited = "the product of all multipleOf values" if merges else "multipleOf"
         raise PrecastError(
-            f"{where}: {limited} must be at most {_MOST_REMAINDERS:,} with the decimal point removed, found"
-            f" values up to {max(divisors):g}; use numbers with fewer digits."
+            f"{where}: without decimal points, {limited} must be at most {_MOST_REMAINDERS:,}; use a number with fewer"
+            f" digits than {worst:g}."
         )
 
 

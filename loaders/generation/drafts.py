@@ -44,7 +44,7 @@ class CallTimes:
         self._assumed = tuple(self._ratios)
 
     def ratio(self, tokens: int) -> float:
-        """Return the time of a call with this number of tokens, at least 1, relative to decoding one token."""
+        """Return the time of a call with `tokens` tokens (at least 1), relative to decoding one token."""
         return self._ratios[tokens - 1]
 
     def add(self, tokens: int, seconds: float) -> None:
@@ -121,7 +121,7 @@ class Drafts:
         return bisect_right(_CLASSES, length) - 1
 
     def _worth(self, most: int) -> int:
-        """Return the length of draft with the most expected tokens per second; 0 if no draft is worth its time."""
+        """Return the draft length with the most expected tokens per second; 0 if no draft is worth its time."""
         best, best_rate = 0, _WORTH
         expected, reached = 1.0, 1.0
         for count in range(1, most + 1):

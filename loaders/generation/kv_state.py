@@ -76,7 +76,7 @@ def read(views: Mapping[str, np.ndarray], starts: Mapping[str, int], stop: int) 
     """Copy a range of positions of a slot to new arrays, and return them as spans, by array.
 
     Args:
-        views: the slot's arrays, as from `Engine.slot_views`.
+        views: the slot's arrays, as returned by `Engine.slot_views`.
         starts: the first position to copy, by array.
         stop: the position after the last one to copy, the same for all arrays.
     """
@@ -92,7 +92,7 @@ def write(views: Mapping[str, np.ndarray], spans: Iterable[tuple[str, Span]]) ->
     """Copy spans to a slot.
 
     Args:
-        views: the slot's arrays, as from `Engine.slot_views`.
+        views: the slot's arrays, as returned by `Engine.slot_views`.
         spans: pairs of an array's name and a span to copy to that array. No span may be longer than the array.
     """
     _copy([pair for name, span in spans for pair in _pairs(views[name], span)])

@@ -226,7 +226,7 @@ class Model:
             template: name of one of the model's chat templates, such as "rag"; None chooses as `Tokenizer.render_chat`
                 does.
             literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
-            answer_format: the model family that defines the form of tool calls in the answer ("hermes", "llama3",
+            answer_format: the model family that defines the syntax of tool calls in the answer ("hermes", "llama3",
                 "mistral", …). "text" leaves reasoning and tool calls in the text. None lets the chat template decide.
             tool_choice: "auto" leaves the choice to the model. "required" restricts the answer to tool calls, and a
                 tool's name restricts the answer to calls of that tool. Both restrictions enforce the tools' schemas,

@@ -299,7 +299,7 @@ class PrefixTree:
         return first
 
     def _pin(self, node: _Node, spans: Mapping[str, Span], check_unchanged: Callable[[], None]) -> None:
-        """Pin a segment, and replace each of its arrays whose positions an array in `spans` covers."""
+        """Pin a segment. Replace each of its arrays with the array in `spans`, if that covers the same positions."""
         self._forget(node)
         given = {name: spans[name].part(node.start, node.stop) for name in node.spans}
         node.spans = {
@@ -344,7 +344,7 @@ class PrefixTree:
     # --- arrays with a window -----------------------------------------------------------------------------------
 
     def _possible_cut(self, path: Sequence[tuple[_Node, int]], length: int) -> int:
-        """Return the last position, at most `length`, before which the tree stores the window of every array."""
+        """Return the last position up to `length` whose preceding window the tree stores for every array."""
         known = {name: list(_runs(path, name)) for name in self._rings}
         while length:
             lower = min((_last_cut(known[n], w, length) for n, w in self._rings.items()), default=length)
@@ -399,7 +399,7 @@ def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, i
 
 
 def _last_cut(runs: Sequence[tuple[int, int]], window: int, length: int) -> int:
-    """Return the last position, at most `length`, before which a single run contains the window; 0 if there is none."""
+    """Return the last position up to `length` whose preceding window lies in a single run; 0 if no position has one."""
     for begin, end in reversed(runs):
         end = min(end, length)
         if end > begin and (begin == 0 or end - begin >= window - 1):

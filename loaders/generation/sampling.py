@@ -141,7 +141,7 @@ class Sampler:
         return scores
 
     def _within(self, mask: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Return scores [V] that are -inf for the tokens outside a mask, uint32 [ceil(V / 32)].
+        """Return the scores [V], with -inf for tokens outside the mask (uint32 [ceil(V / 32)]).
 
         Greedy decoding returns the scores unchanged if the mask allows their argmax.
         """
@@ -288,6 +288,9 @@ def _draw(weights: np.ndarray, uniform: float) -> int:
 
 
 def _first_above(cumulative: np.ndarray, target: float) -> int:
-    """Return the first index whose running sum exceeds the target. Its weight is never 0, even after rounding."""
+    """Return the first index whose running sum exceeds the target.
+
+    If rounding leaves no such index, return the last index with a weight above 0.
+    """
     found = np.searchsorted(cumulative, target, side="right")
     return int(min(found, np.searchsorted(cumulative, cumulative[-1], side="left")))

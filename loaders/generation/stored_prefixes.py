@@ -46,16 +46,16 @@ def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> st
         isa: the instruction set of the machine's kernels.
     """
     if target.name != prefix.target:
-        return f"target {prefix.target!r} computed it, and target {target.name!r} runs here"
+        return f"target {prefix.target!r} computed it, but target {target.name!r} runs here"
     origin = origin_of(manifest, target, isa)
     if not is_reproducible(target):
-        return f"executables of target {prefix.target!r} computed it, and programs compiled here may differ"
+        return f"executables of target {prefix.target!r} computed it, but programs compiled here may differ"
     if (origin.programs, origin.weights) != (prefix.programs, prefix.weights):
         return f"other programs of target {prefix.target!r}, or other kernels, computed it"
     if target.kernel_abi != prefix.kernels:
-        return f"kernels of ABI {prefix.kernels} computed it, and the target calls ABI {target.kernel_abi}"
+        return f"kernels of ABI {prefix.kernels} computed it, but the target calls ABI {target.kernel_abi}"
     if isa != prefix.isa:
-        return f"kernels for {prefix.isa} computed it, and this machine's kernels use {isa}"
+        return f"kernels for {prefix.isa} computed it, but this machine's kernels use {isa}"
     return None
 
 

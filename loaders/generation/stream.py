@@ -207,7 +207,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
                 self._scheduler.submit(self._sequence)
 
     def _take(self) -> "_Part | None":
-        """Return the next part that is ready; None if there is none."""
+        """Return the next part that is ready; None if no part is ready."""
         with self._lock:
             while not self._parsed and self._parse_next():
                 pass

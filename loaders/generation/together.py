@@ -30,7 +30,7 @@ def pairs(
         return zip(prompts, repeat(params), strict=False)
     if isinstance(prompts, Sequence) and isinstance(params, Sequence) and len(prompts) != len(params):
         raise PrecastError(
-            f"params: expected {len(prompts)} sets of parameters, one for each prompt, found {len(params)}; give one"
+            f"params: expected {len(prompts)} sets of parameters (one for each prompt), found {len(params)}; give one"
             " set for all prompts, or one for each."
         )
     return zip(prompts, params, strict=False)

@@ -47,7 +47,7 @@ class Plugin:
 
 
 def find_plugin() -> Plugin | None:
-    """Find jax's installed CUDA plugin without importing or loading the plugin; return None if there is none."""
+    """Find jax's installed CUDA plugin without importing or loading it; return None if no plugin is installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     for folder in _folders("jax_plugins"):
@@ -123,7 +123,7 @@ class Client(pjrt.Client):
         return self._put(array, self._kinds.IMMUTABLE_ONLY_DURING_CALL)
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """Return a zeroed array, also as its own buffer. An `Executable` copies the array to the GPU at every call."""
+        """Return a zeroed array, which is also its own buffer. Every call of an `Executable` copies it to the GPU."""
         array = np.zeros(shape, dtype)
         return array, cast(Buffer, array)
 

@@ -231,7 +231,7 @@ def placement(device: Any) -> Any:
         return _jax.SingleDeviceSharding(device)
 
     class Placement(_jax.SingleDeviceSharding):
-        """A sharding with the two attributes that older jaxlibs expect from jax's own class."""
+        """A sharding with the two attributes of jax's `SingleDeviceSharding` that older jaxlibs read."""
 
         memory_kind = None
 

@@ -192,7 +192,7 @@ def _groups(system: Path, controller: str) -> Iterator[Path]:
 
 
 def _limit(group: Path) -> tuple[int, int] | None:
-    """Return a group's memory limit and its memory left, in bytes, or None. Cached file pages count as free."""
+    """Return a group's memory limit and its free memory, including cached file pages, in bytes; None if unlimited."""
     for maximum, current, inactive in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

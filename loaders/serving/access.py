@@ -1,4 +1,4 @@
-"""Who may use the server: API keys, and the names under which a local server may be addressed."""
+"""Access control of the server: API keys, and the host names under which a local server accepts requests."""
 
 import hmac
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,11 @@ KEYS_VARIABLE = "PRECAST_API_KEYS"
 
 
 def read_keys(path: Path | None, environment: Mapping[str, str]) -> tuple[bytes, ...]:
-    """Return the API keys of a file, one a line, or else those of PRECAST_API_KEYS, separated by commas.
+    """Return the API keys in a file, one per line; without a file, the comma-separated keys in PRECAST_API_KEYS.
 
     Raises:
-        PrecastError: the file cannot be read, or has no key; or a key has other characters than printable ASCII.
+        PrecastError: the file cannot be read, or contains no key; or a key contains other characters than printable
+            ASCII.
     """
     if path is not None:
         try:
@@ -29,23 +30,23 @@ def read_keys(path: Path | None, environment: Mapping[str, str]) -> tuple[bytes,
         keys = [key for part in environment.get(KEYS_VARIABLE, "").split(",") if (key := part.strip())]
         source = KEYS_VARIABLE
     if path is not None and not keys:
-        raise PrecastError(f"{source}: expected at least one API key, found none; write one a line.")
+        raise PrecastError(f"{source}: expected at least one API key, found none; write one per line.")
     if any(not (key.isascii() and key.isprintable()) for key in keys):
         raise PrecastError(f"{source}: expected API keys of printable ASCII characters; replace the key.")
     return tuple(key.encode() for key in keys)
 
 
 def check_key(headers: Mapping[str, str], keys: Sequence[bytes]) -> None:
-    """Check a request's API key, in a time that does not depend on the key.
+    """Check a request's API key in constant time, independent of the key.
 
     Raises:
-        ApiError: the server needs a key, and the request gives none or another.
+        ApiError: the server requires a key, and the request has no key or a wrong one.
     """
     if not keys:
         return
     scheme, _, token = headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    # Compare with every key, so that the time does not tell which one fits.
+    # Compare with every key, so that the time does not reveal which key matches.
     found = [hmac.compare_digest(given.encode(), key) for key in keys]
     if not any(found):
         text = (
@@ -55,7 +56,7 @@ def check_key(headers: Mapping[str, str], keys: Sequence[bytes]) -> None:
 
 
 def check_host(headers: Mapping[str, str], address: str) -> None:
-    """Refuse a local server's requests that a foreign web page may have sent through a name of its own.
+    """Refuse requests that a web page may have sent to a local server by DNS rebinding.
 
     Args:
         headers: the request's headers.
@@ -78,7 +79,7 @@ def _name(host: str) -> str:
 
 
 def is_local(address: str) -> bool:
-    """Return True for a name or an address of this machine alone."""
+    """Return True for "localhost" and for a loopback address."""
     if address.lower() == "localhost":
         return True
     try:

@@ -106,19 +106,19 @@ class Answers:
             raise ApiError(500, str(error)) from error
 
     async def completions(self) -> "list[Completion]":
-        """Return the answers once all are complete; errors as for `deltas`."""
+        """Wait until all answers are complete, and return them; errors as for `deltas`."""
         async for _ in self.deltas():
             pass
         return [stream.completion for stream in self.streams]
 
     async def close(self) -> None:
-        """End the answers that still run, and free their slots."""
+        """End the answers that are still being generated, and free their slots."""
         await asyncio.gather(*(self.streams[index].aclose() for index in self._running))
 
 
 @asynccontextmanager
 async def answering(services: Services, request: Request, ask: Ask) -> AsyncIterator[Answers]:
-    """Yield the answers to a request; end them at the end of the block.
+    """Yield the answers to a request; cancel unfinished answers when the block ends.
 
     Raises:
         ApiError: the request does not suit the model, the queue is full, or the model does not load.
@@ -140,7 +140,7 @@ async def answering(services: Services, request: Request, ask: Ask) -> AsyncIter
 async def _before_deadline(
     request: Request, lease: "AbstractAsyncContextManager[Model]"
 ) -> "AsyncIterator[Model]":
-    """Enter a lease; raise an error if that takes until the request's deadline."""
+    """Enter a lease; raise an error if the request's deadline passes first."""
     async with AsyncExitStack() as stack:
         try:
             async with asyncio.timeout(request.seconds_left):
@@ -167,7 +167,7 @@ async def _checked(work: Awaitable[_Result]) -> _Result:
 
 
 def _streams(model: "Model", ask: Ask, settings: ServeSettings, timeout_s: float) -> "list[Stream]":
-    """Check a request, and return its answers, which begin at their first read.
+    """Check a request, and return a stream for each answer. A stream starts generating at its first read.
 
     Raises:
         PrecastError: the request does not suit the model.
@@ -203,7 +203,7 @@ def sampling_of(
         return params
     if (params.max_tokens or 0) > most:
         raise PrecastError(
-            f"max_tokens: expected at most {most}, the server's limit, found {params.max_tokens}."
+            f"max_tokens: expected at most {most} (the server's limit), found {params.max_tokens}."
         )
     return params if params.max_tokens is not None else replace(params, max_tokens=most)
 

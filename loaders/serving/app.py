@@ -57,7 +57,7 @@ def make_app(services: Services, log: Log) -> Any:
 
 
 class Endpoint(Frozen):
-    """The application of one path.
+    """The ASGI application that answers the requests for one path.
 
     Attributes:
         services: the parts of the server.
@@ -107,7 +107,7 @@ class Endpoint(Frozen):
 
 
 def _api(route: ApiRoute, request: Request) -> str:
-    """Return the API whose form an error has; a route of both APIs follows the request's headers."""
+    """Return the API whose error format to use; on a route that both APIs share, the request's headers decide."""
     return "anthropic" if "anthropic-version" in request.headers else route.api
 
 
@@ -126,7 +126,7 @@ def _api_of_path(path: str) -> str:
 
 
 class Guarded(Frozen):
-    """An application that only allowed requests reach.
+    """A wrapper of an application that passes on only the requests that are allowed.
 
     Attributes:
         app: the application.
@@ -155,7 +155,7 @@ class Guarded(Frozen):
 
 
 class Observed:
-    """An application whose requests get an identifier, and a line in the log."""
+    """A wrapper of an application that gives each request an identifier and a line in the log."""
 
     def __init__(self, app: Any, services: Services, log: Log) -> None:
         self._app, self._services, self._log = app, services, log

@@ -1,4 +1,4 @@
-"""Errors of requests, and their form in each API."""
+"""Errors of requests, and their format in each API."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,13 +60,13 @@ class ApiError(Exception):
 
 
 def openai_error(error: ApiError) -> dict[str, Any]:
-    """Return an error in the form of OpenAI's API."""
+    """Return an error in the format of OpenAI's API."""
     kind = _OPENAI_TYPES.get(error.status, _INVALID)
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
 def anthropic_error(error: ApiError) -> dict[str, Any]:
-    """Return an error in the form of Anthropic's API."""
+    """Return an error in the format of Anthropic's API."""
     kind = _ANTHROPIC_TYPES.get(error.status, _INVALID)
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
@@ -94,7 +94,7 @@ def invalid(error: ValidationError) -> ApiError:
 
 
 def _place(location: Sequence[str | int]) -> str:
-    """Return the path of a parameter: ``messages[0].content``."""
+    """Return the path of a parameter, such as ``messages[0].content``."""
     path = ""
     for part in location:
         if isinstance(part, int):

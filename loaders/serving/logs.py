@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line on standard error."""
+"""Structured logs: one JSON object per line on standard error."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ class Log:
     """A log of JSON lines. Threads may share it.
 
     Args:
-        stream: where to write.
+        stream: the stream to write to.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:

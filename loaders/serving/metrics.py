@@ -107,7 +107,7 @@ class Metrics:
 
 
 class _State(Collector):
-    """The state of the schedulers, read when it is asked for. Counts restart when a model is loaded again."""
+    """A collector that reads the schedulers at each request for metrics. A reloaded model's counts start at 0 again."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool

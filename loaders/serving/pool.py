@@ -43,7 +43,7 @@ class Entry:
         bytes: estimated memory of the loaded model.
         in_flight: number of answers that wait or run.
         last_used: time of `time.monotonic` at which the last answer ended.
-        problem: the reason for which the model does not load; None unless the last load failed.
+        problem: the reason why the last load failed; None if it has not failed.
     """
 
     def __init__(self, name: str, source: Path | str) -> None:
@@ -90,7 +90,7 @@ class Pool:
 
     @asynccontextmanager
     async def lease(self, name: str, answers: int = 0) -> "AsyncIterator[Model]":
-        """Yield a model, loaded, which stays loaded until the end of the block.
+        """Load a model if needed, and yield it. It stays loaded until the block ends.
 
         Args:
             name: name of the model.
@@ -122,7 +122,7 @@ class Pool:
             entry.last_used = time.monotonic()
 
     async def preload(self) -> None:
-        """Load the model if there is only one; several models are loaded at their first requests."""
+        """If the server offers only one model, load it now. Several models are loaded at their first requests."""
         if len(self.entries) == 1:
             with suppress(ApiError):  # the entry keeps the reason
                 await self._loaded(*self.entries.values())
@@ -130,7 +130,7 @@ class Pool:
 
     @property
     def obstacle(self) -> str | None:
-        """The reason for which the server cannot answer; None if it can."""
+        """The reason why the server cannot answer; None if it can."""
         if not self._is_preloaded:
             return "The model is being loaded and verified; try again later."
         if len(self.entries) == 1 and any(entry.problem for entry in self.entries.values()):
@@ -138,7 +138,7 @@ class Pool:
         return None
 
     async def unload_idle(self) -> None:
-        """Unload models that are idle for too long; never return."""
+        """Unload models that are idle for too long, in an endless loop; return at once if there is no time limit."""
         limit = self._settings.idle_unload
         while limit is not None:
             await asyncio.sleep(min(limit / 4, 1.0))

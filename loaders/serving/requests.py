@@ -54,7 +54,7 @@ class Request(Frozen):
 
 
 def timed_out() -> ApiError:
-    """Return the error for an answer that takes too long."""
+    """Return the error for a request that has passed its deadline."""
     return ApiError(
         504, "The answer took longer than the server allows; ask for fewer tokens.", code="request_timeout"
     )
@@ -87,14 +87,14 @@ class EventReply(Frozen):
 
     Attributes:
         events: the events, encoded.
-        closing: what to close after the last event, or when the client disconnects.
+        closing: resources to release after the last event, or when the client disconnects.
     """
 
     events: AsyncIterator[bytes]
     closing: AsyncExitStack
 
     async def send(self, send: Send) -> None:
-        """Send the events while they arrive."""
+        """Send each event as it arrives."""
         async with self.closing:
             headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
             await send(_start(200, "text/event-stream; charset=utf-8", headers))
@@ -125,7 +125,7 @@ def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return a value as JSON in UTF-8; half of a surrogate pair becomes a JSON escape."""
+    """Return a value as JSON in UTF-8; a lone surrogate becomes a JSON escape."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode(errors="backslashreplace")
 
@@ -172,7 +172,7 @@ class Disconnected(Exception):
 
 
 class Transport:
-    """The two channels of a request to its client.
+    """The connection between a request and its client: one channel in each direction.
 
     Args:
         receive: ASGI's function that returns the client's next message.

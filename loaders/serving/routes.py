@@ -20,7 +20,7 @@ class ApiRoute(Frozen):
         method: the HTTP method.
         path: the path, with variables in braces.
         handler: the function that answers.
-        api: the API whose form errors have: "openai" or "anthropic".
+        api: the API whose error format to use, "openai" or "anthropic".
         summary: one sentence for the documentation.
         schema: the schema of the body; None without a body.
         is_public: True if no key is needed.
@@ -52,8 +52,8 @@ ROUTES = (
     _get("/v1/models/{model}", models.show_model, "Show a model."),
     _post("/tokenize", tokens.tokenize, tokens.TokenizeRequest, "Return the tokens of a text or of a chat."),
     _post("/detokenize", tokens.detokenize, tokens.DetokenizeRequest, "Return the text of tokens."),
-    _get("/health", status.health, "Tell that the server runs.", is_public=True),
-    _get("/ready", status.ready, "Tell if the server can answer.", is_public=True),
+    _get("/health", status.health, "Say that the server is running.", is_public=True),
+    _get("/ready", status.ready, "Say whether the server can answer.", is_public=True),
     _get("/metrics", status.metrics, "Show the metrics in Prometheus' text format."),
 )
 

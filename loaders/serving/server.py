@@ -113,7 +113,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop at the first signal, and at once at a second SIGINT; uvicorn would raise the signal again at the end."""
+        """Stop gracefully at the first signal, and at once at a second SIGINT; uvicorn would raise the signal again."""
         if current_thread() is not main_thread():  # Python delivers signals to the main thread only
             yield
             return

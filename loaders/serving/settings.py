@@ -15,7 +15,7 @@ class ServeSettings(Frozen):
     Attributes:
         host: address to listen on.
         port: port to listen on; 0 lets the system choose.
-        api_keys: keys of which every request must give one; empty if requests need no key.
+        api_keys: accepted keys, one of which every request must contain; empty if requests need no key.
         cors_origins: origins whose web pages may read answers; "*" for all.
         max_queue: maximum number of answers per model that wait for a slot.
         max_tokens: maximum number of tokens in an answer; None for no limit besides the context.
@@ -25,7 +25,7 @@ class ServeSettings(Frozen):
         idle_unload: seconds without requests after which a model is unloaded; None to keep it.
         memory: maximum number of bytes that loaded models may take together; None for no limit.
         literal: encode messages as plain text, so that special tokens spelt in them cannot forge a turn.
-        answer_format: family of models whose form the tool calls have; None to let the chat template decide.
+        answer_format: model family whose tool-call syntax to expect; None to let the chat template decide.
         loading: arguments of `load`.
     """
 

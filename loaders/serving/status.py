@@ -7,12 +7,12 @@ from .requests import Reply, Request, json_reply
 
 
 async def health(services: Services, request: Request, body: bytes) -> Reply:
-    """Tell that the server runs."""
+    """Say that the server is running."""
     return json_reply({"status": "ok"})
 
 
 async def ready(services: Services, request: Request, body: bytes) -> Reply:
-    """Tell if the server can answer: the models loaded at the start have reproduced their golden answers."""
+    """Say whether the server can answer: the models loaded at the start must have reproduced their golden answers."""
     if (reason := services.pool.obstacle) is not None:
         raise ApiError(503, reason, code="not_ready", retry_after=1)
     return json_reply({"status": "ready"})

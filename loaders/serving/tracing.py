@@ -29,7 +29,7 @@ class Tracing:
     def span(
         self, method: str, path: str, headers: Mapping[str, str], facts: Mapping[str, Any]
     ) -> Iterator[None]:
-        """Record a request as a span, which continues the trace of the request's headers.
+        """Record a request as a span, and continue the trace that the request's headers name.
 
         Args:
             method: the HTTP method.

@@ -46,7 +46,7 @@ def folder() -> Path:
 
 @contextmanager
 def explaining_write_errors() -> Iterator[None]:
-    """Raise an error of writing to the cache folder as a PrecastError.
+    """Turn an error of writing to the cache folder into a PrecastError.
 
     Raises:
         PrecastError: a write fails; the message names the cache folder.
@@ -74,7 +74,7 @@ def artifact_folder(manifest: str, key: str) -> Path:
 
 
 def load_piece(piece: Piece) -> bytes | None:
-    """Return a piece that has arrived; None if it has not arrived or is damaged."""
+    """Return the contents of a piece; None if the piece has not arrived or is damaged."""
     try:
         with files.open_plain(folder() / piece.path) as file:
             return _if_intact(file.read(piece.bytes + 1), piece)
@@ -197,7 +197,7 @@ def note_url(url: str, manifest: str, key: str) -> None:
 
 
 def last_artifact(url: str, key: str) -> Path | None:
-    """Return the folder of the artifact last pulled from a URL with this key; None if there is none, or it is gone."""
+    """Return the folder of the artifact last pulled from a URL with this key; None if no such folder exists."""
     with suppress(OSError, ValueError):
         manifest = (folder() / "urls" / key / _hash(url)).read_text("ascii").strip()
         root = artifact_folder(manifest, key)

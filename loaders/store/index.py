@@ -40,8 +40,8 @@ class Piece:
     """A run of bytes of a file.
 
     Attributes:
-        bytes: size.
-        sha256: hash, which is also the piece's name.
+        bytes: the piece's size.
+        sha256: the piece's hash, which is also its name.
     """
 
     bytes: int

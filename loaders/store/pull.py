@@ -129,7 +129,7 @@ def fetch(url: str, *, require_signature: Path | None, log: _Log, progress: Prog
     """Return the cached folder of a URL's artifact. Pull the artifact if it is not in the cache.
 
     Damaged files are fetched again. If the store is unreachable, the artifact last pulled from the URL is used, and
-    logged.
+    a message says so.
 
     Args:
         url: the URL that the artifact was pushed to.
@@ -393,7 +393,7 @@ def _check_room(store: Store, index: Index, root: Path) -> None:
 
 
 def _renew_signature(job: _Pull, log: _Log) -> None:
-    """Replace a pulled artifact's signature with the store's signature. If that is invalid, log the error instead."""
+    """Replace a pulled artifact's signature with the store's; if the store's is invalid, only log the error."""
     root, index = job.root, job.index
     with suppress(OSError, PrecastError):
         if files.sha256_of(files.member_path(root, SIGNATURE_FILE)) == index.files[SIGNATURE_FILE].sha256:

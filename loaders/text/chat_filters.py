@@ -412,7 +412,7 @@ def _comparison(name: str) -> Callable[..., Any]:
 
 
 def _of_number(name: str) -> Callable[..., Any]:
-    """Return jinja2's test `name`, wrapped so that it accepts only numbers, because `%` would format a string."""
+    """Return jinja2's test `name`, wrapped to refuse strings: the test computes with `%`, which formats a string."""
     function: Any = TESTS[name]
 
     def run(value: Any, *args: Any) -> Any:

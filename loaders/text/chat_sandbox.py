@@ -150,7 +150,7 @@ class Sandbox(SandboxedEnvironment):
         return self.undefined(obj=obj, name=argument) if value is missing else value
 
     def _attribute(self, obj: Any, name: str) -> Any:
-        """Return an allowed attribute, an undefined value for a refused attribute, or `missing` if there is none."""
+        """Return an allowed attribute, an undefined value for a refused one, or `missing` for an absent one."""
         if name in ATTRIBUTES.get(type(obj), ()):
             value = getattr(obj, name)
             if isinstance(obj, str) and name in ("format", "format_map"):

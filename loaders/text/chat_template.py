@@ -26,7 +26,8 @@ from .tools import checked_tools
 
 __all__ = ["ChatOptions", "ChatTemplate", "Limits"]
 
-# Patterns for templates that iterate over the parts of a message's content, and for those that test if a value is text.
+# Patterns for templates that iterate over the parts of a message's content, and for templates that test whether a value
+# is text.
 _ITERATES_CONTENT = re.compile(r"\bin\s+[\w.]*\b(content\b|\w+\[.content.\])")
 _TESTS_FOR_TEXT = re.compile(r"\bis\s+(not\s+)?string\b")
 # The content of the message with which a template is probed.

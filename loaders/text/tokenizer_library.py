@@ -44,7 +44,7 @@ def decode(library: "LibraryTokenizer", ids: list[int], *, skip_special_tokens: 
 
 @contextmanager
 def translate_errors(expected: str, *but: type[Exception]) -> Iterator[None]:
-    """Raise the library's errors as a PrecastError.
+    """Turn the library's errors into a PrecastError.
 
     Args:
         expected: the beginning of the error text, which names the file and the expected content.

@@ -188,7 +188,7 @@ class CallListBody(_BracketedBody):
 
 
 class BareBody:
-    """Llama's body without a marker. The first characters determine if it is a `JsonBody` or a `CallListBody`."""
+    """Llama's body without a marker. The first characters show whether it is a `JsonBody` or a `CallListBody`."""
 
     def __init__(self) -> None:
         self._body: JsonBody | CallListBody | None = None
@@ -348,7 +348,7 @@ BODIES: Mapping[str, Callable[[str], Body]] = {
 
 
 def _first(text: str, allowed: str) -> int | None:
-    """Return the index of the first visible character; None if there is none yet.
+    """Return the index of the first visible character; None if no such character has arrived yet.
 
     Raises:
         NoCall: the character is not in `allowed`, or too many spaces come before it.

@@ -63,8 +63,8 @@ def tool_grammar(
         if is_named:
             if NamedJsonBody.NAME.fullmatch(name) is None:
                 raise PrecastError(
-                    f"tool_choice: expected a tool's name of letters, digits, '_', '-', '.' and ':', because calls of"
-                    f" the family {form.name!r} allow no other characters, found {name!r:.60}; rename the tool."
+                    f"tool_choice: calls of the family {form.name!r} allow only letters, digits, '_', '-', '.' and ':'"
+                    f" in a tool's name, found {name!r:.60}; rename the tool."
                 )
             call = f"{json.dumps(name)} {marks['[ARGS]']} @arguments_{n}"
         else:

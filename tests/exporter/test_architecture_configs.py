@@ -280,7 +280,7 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "mixtral",
         {"num_experts_per_tok": 9},
-        "'num_experts_per_tok' is 9, expected at most 8, the number of experts.",
+        "'num_experts_per_tok' is 9, expected at most 8 (the number of experts).",
     ),
     (
         "mixtral",

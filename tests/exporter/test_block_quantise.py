@@ -120,6 +120,6 @@ def test_values_too_large_for_a_format_are_refused(name: str, largest: str) -> N
     with pytest.raises(PrecastError) as raised:
         encode(BLOCK_FORMATS[name], matrix, "model.norm")
     assert str(raised.value) == (
-        f"model.norm: contains a value of 1e+09, expected at most {largest}, the largest that {name} can represent;"
-        " store the weights in a wider type."
+        f"model.norm: contains a value of 1e+09, but {name} can represent at most {largest}; store the weights in a"
+        " wider type."
     )

@@ -130,11 +130,11 @@ KNOWN = "expected the RoPE type to be one of default, dynamic, linear, llama3, l
         ),
         (
             {**LONGROPE, "short_factor": [1.0, 2.0, 3.0]},
-            " rope parameters: expected 'short_factor' to have 2 numbers, one for each rotated pair, found 3.",
+            " rope parameters: expected 'short_factor' to have 2 numbers (one for each rotated pair), found 3.",
         ),
         (
             {**LONGROPE, "long_factor": []},
-            " rope parameters: expected 'long_factor' to have 2 numbers, one for each rotated pair, found 0.",
+            " rope parameters: expected 'long_factor' to have 2 numbers (one for each rotated pair), found 0.",
         ),
         ({**LONGROPE, "factor": 0.0}, " rope parameters: 'factor' is 0.0, expected a number above 0."),
         (
@@ -183,8 +183,8 @@ def test_original_positions_that_disagree(scaling: Mapping[str, Any], outside: M
     inside = scaling["original_max_position_embeddings"]
     found = _refusal({"rope_scaling": scaling, **outside}, head_dim=4, original_positions=48)
     assert found == (
-        "config.json rope parameters: expected original_max_position_embeddings to be 48, the model's own value, found"
-        f" {inside}; correct the wrong value."
+        f"config.json rope parameters: original_max_position_embeddings is {inside} in the RoPE parameters, but 48"
+        " outside them; correct the value that is wrong."
     )
 
 

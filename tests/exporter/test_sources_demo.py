@@ -152,7 +152,7 @@ def test_without_pip(tmp_path, monkeypatch):
     with pytest.raises(PrecastError) as caught:
         demo.fetch(SMALL, tmp_path)
     assert (
-        "pip, which would fetch some-wheel==1.0, is not installed;"
+        "fetching some-wheel==1.0 needs pip, which is not installed;"
         f" run `{sys.executable} -m ensurepip`" in str(caught.value)
     )
 

@@ -423,7 +423,7 @@ def test_a_recommended_penalty_counts_without_a_temperature(gguf_spec, tmp_path)
 def test_a_recommended_sampler_that_precast_does_not_have(gguf_spec, tmp_path):
     path = gguf_spec(metadata={"general.sampling.mirostat": 2}).write(tmp_path)
     assert refusal(path) == (
-        f"{path}: general.sampling.mirostat is 2, a sampler that precast does not have; remove the key"
+        f"{path}: general.sampling.mirostat is 2, but precast does not have this sampler; remove the key"
         " (gguf_new_metadata.py --remove-metadata general.sampling.mirostat)."
     )
 

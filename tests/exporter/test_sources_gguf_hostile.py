@@ -273,7 +273,7 @@ HARMFUL = {
     ),
     "list of numbers": (
         header(0, 2) + ARCHITECTURE + TOKENS + struct.pack("<IIQ", 9, 0, 1 << 61),
-        "expected 2,305,843,009,213,693,952 bytes of tokenizer.ggml.tokens, found 64 before the end",
+        "expected 2,305,843,009,213,693,952 bytes of tokenizer.ggml.tokens, but only 64 are left",
     ),
     "list of strings": (
         header(0, 2) + ARCHITECTURE + TOKENS + struct.pack("<IIQ", 9, 8, 1 << 40),
@@ -292,7 +292,7 @@ HARMFUL = {
         + ARCHITECTURE
         + text(b"token_embd.weight")
         + struct.pack("<IQQQQIQ", 4, *[1 << 62] * 4, 0, 0),
-        "expected the tensor token_embd.weight to lie inside",
+        "is not aligned to 32 bytes, or exceeds the 206 bytes",
     ),
     "axes": (header(1, 1) + ARCHITECTURE + text(b"w") + struct.pack("<I", 1 << 31), "to have 1 to 4 axes"),
     "no values": (
@@ -329,7 +329,7 @@ HARMFUL = {
     ),
     "offset": (
         header(1, 1) + ARCHITECTURE + text(b"w") + struct.pack("<IQIQ", 1, 1, 0, 4),
-        "to lie inside the file, at a multiple of 32 bytes",
+        "is not aligned to 32 bytes, or exceeds the",
     ),
     "version": (header(0, 0, 1 << 31), "expected GGUF version 2 or 3, found 2147483648"),
     "version 0": (header(0, 0, 0), "expected GGUF version 2 or 3, found 0"),

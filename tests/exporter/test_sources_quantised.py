@@ -340,17 +340,17 @@ BROKEN = {
     "no scales": (
         GPTQ4,
         changed("gptq, 4 bits", scales=None),
-        ".scales: the tensor is missing, and the weight",
+        "layers.0.mlp.up_proj: the quantised weight lacks its tensor 'scales'; fetch the checkpoint again.",
     ),
     "no zeros": (
         AWQ4,
         changed("awq", qzeros=None),
-        ".qzeros: the tensor is missing, and the weight needs it",
+        "the quantised weight lacks its tensor 'qzeros'",
     ),
     "no shape": (
         CT,
         changed("compressed-tensors, 4 bits", weight_shape=None),
-        ".weight_shape: the tensor is",
+        "the quantised weight lacks its tensor 'weight_shape'",
     ),
     "float numbers": (
         GPTQ4,
@@ -380,12 +380,12 @@ BROKEN = {
     "another shape": (
         CT,
         changed("compressed-tensors, 4 bits", weight_shape=np.array([24, 65], np.int64)),
-        "expected weight_packed of the shape [24, 65] in 1, 2, 4 or 8 bits, found [24, 8]",
+        "weight_packed [24, 8] cannot store a weight of shape [24, 65] in 1, 2, 4 or 8 bits",
     ),
     "a shape of three axes": (
         CT,
         changed("compressed-tensors, 4 bits", weight_shape=np.array([2, 12, 64], np.int64)),
-        "expected weight_packed of the shape [2, 12, 64] in 1, 2, 4 or 8 bits, found [24, 8]",
+        "weight_packed [24, 8] cannot store a weight of shape [2, 12, 64] in 1, 2, 4 or 8 bits",
     ),
     "packed scales of other outputs": (
         CT,

@@ -258,7 +258,9 @@ def test_the_file_is_reproducible(source, tmp_path):
 def test_a_value_too_large_for_a_format_is_named(source, tmp_path):
     array = source.arrays[UP].copy()
     array[1, 1] = 1e6
-    with pytest.raises(PrecastError, match=f"^{UP}: contains a value of 1e\\+06, expected at most 65504"):
+    with pytest.raises(
+        PrecastError, match=f"^{UP}: contains a value of 1e\\+06, but int4 can represent at most 65504"
+    ):
         write(tmp_path / "w", source(**{UP.replace(".", "__"): tensor(array)}), weights="int4")
 
 

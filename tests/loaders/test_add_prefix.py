@@ -216,10 +216,10 @@ def relist(root: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"target": "portable"}, "target 'portable' computed it, and target '{target}' runs here"),
+        ({"target": "portable"}, "target 'portable' computed it, but target '{target}' runs here"),
         ({"programs": "0" * 64}, "other programs of target '{target}', or other kernels, computed it"),
-        ({"kernels": 1}, "kernels of ABI 1 computed it, and the target calls ABI {kernels}"),
-        ({"isa": "avx1024"}, "kernels for avx1024 computed it, and this machine's kernels use {isa}"),
+        ({"kernels": 1}, "kernels of ABI 1 computed it, but the target calls ABI {kernels}"),
+        ({"isa": "avx1024"}, "kernels for avx1024 computed it, but this machine's kernels use {isa}"),
     ],
 )
 def test_a_prefix_of_another_origin_is_not_used(copy, edit_manifest, cli, changes, expected):
@@ -239,7 +239,7 @@ def test_programs_compiled_here_do_not_use_it(prefixed_artifact):
     target = next(t for t in manifest.targets if t.name == manifest.prefixes[0].target)
     compiled = replace(target, runtime="stablehlo", jaxlib="any")
     assert obstacle(manifest.prefixes[0], manifest, compiled, manifest.prefixes[0].isa) == (
-        f"executables of target {target.name!r} computed it, and programs compiled here may differ"
+        f"executables of target {target.name!r} computed it, but programs compiled here may differ"
     )
 
 

@@ -66,8 +66,8 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"grammar": 'start: %json {"multipleOf": 1e9}'},
             (
-                "grammar: multipleOf must be at most 1,000,000 with the decimal point removed, found values up to"
-                " 1000000000.0; use numbers with fewer digits."
+                "grammar: without decimal points, multipleOf must be at most 1,000,000; use a number with fewer"
+                " digits than 1000000000.0."
             ),
         ),
         (
@@ -117,10 +117,24 @@ def deep(levels: int) -> dict[str, Any]:
             "json_schema: a pattern must have at most 10,000 characters, found 10,001; shorten it.",
         ),
         (
+            {"json_schema": {"properties": {"a": {"multipleOf": 5}, "b": {"multipleOf": 0.1234567}}}},
+            (
+                "json_schema: without decimal points, multipleOf must be at most 1,000,000; use a number with fewer"
+                " digits than 0.1234567."
+            ),
+        ),
+        (
+            {"json_schema": {"allOf": [{"multipleOf": 1009}, {"multipleOf": 0.25}, {"multipleOf": 3}]}},
+            (
+                "json_schema: without decimal points, the product of all multipleOf values must be at most 1,000,000;"
+                " use a number with fewer digits than 1009."
+            ),
+        ),
+        (
             {"json_schema": {"multipleOf": 2**31}},
             (
-                "json_schema: multipleOf must be at most 1,000,000 with the decimal point removed, found values up"
-                " to 2147483648; use numbers with fewer digits."
+                "json_schema: without decimal points, multipleOf must be at most 1,000,000; use a number with fewer"
+                " digits than 2147483648."
             ),
         ),
         (

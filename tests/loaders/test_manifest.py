@@ -261,7 +261,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             [*PROGRAM, 4, "tokens"],
             17,
-            "score programs: expected at most one, with 1 to 16 tokens, found [17];",
+            "score programs: expected at most one (with 1 to 16 tokens), found [17];",
         ),
         (
             [*PROGRAM, 4, "tokens"],

@@ -287,5 +287,5 @@ def test_a_signature_is_removed_by_add_target_and_must_be_made_again(cli, unsign
     before = contents(signed)
     result = cli("add-target", signed, "--require-signature", keys.b.public)
     assert result.exit_code == 2
-    assert "it was made with another key" in result.stderr
+    assert "made with another key" in result.stderr
     assert contents(signed) == before

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -99,14 +100,14 @@ def test_signing_and_running_from_the_command_line(cli, artifact_copy, keys):
     assert cli(*command, keys / "maker.pub.pem").exit_code == 0
     refused = cli(*command, keys / "other.pub.pem")
     assert refused.exit_code == 2
-    assert "it was made with another key" in refused.stderr
+    assert "made with another key" in refused.stderr
 
 
 def test_verify_requires_a_signature_too(cli, signed, keys):
     assert cli("verify", signed, "--require-signature", keys / "maker.pub.pem").exit_code == 0
     refused = cli("verify", signed, "--require-signature", keys / "other.pub.pem")
     assert refused.exit_code == 2
-    assert "it was made with another key" in refused.stderr
+    assert "made with another key" in refused.stderr
 
 
 def test_model_signing_s_own_command_verifies_and_creates_the_same_signatures(signed, keys):
@@ -148,8 +149,8 @@ def test_no_signature(artifact_copy, keys):
 
 def test_another_key(signed, keys):
     text = refusal(signed, keys / "other.pub.pem")
-    assert "it was made with another key (sha256 " in text
-    assert "ask the artifact's maker for that other key, or for a copy signed with the expected key." in text
+    assert "made with another key (sha256 " in text
+    assert re.search(r"for the public key [0-9a-f]{12}…, or for a copy signed with the expected key\.$", text)
 
 
 def test_an_altered_manifest(signed, keys):

@@ -128,7 +128,7 @@ def test_a_prompt_that_cannot_be_continued_is_named_before_any_work(tiny_model: 
         "prompts[1]: expected token ids from 0 to 319, found 320 at index 1."
     )
     assert refusal(lambda: tiny_model.generate_many([[1], [2]], [FREE])) == (
-        "params: expected 2 sets of parameters, one for each prompt, found 1; give one set for all prompts, or one for"
+        "params: expected 2 sets of parameters (one for each prompt), found 1; give one set for all prompts, or one for"
         " each."
     )
     assert refusal(lambda: tiny_model.generate_many("the cat")) == (

@@ -140,8 +140,8 @@ def test_every_name_is_read_or_refused(random_model, family, markers, name):
         with pytest.raises(PrecastError) as raised:
             model.chat(MESSAGES, tools=tools, answer_format=family, tool_choice="required")
         assert str(raised.value) == (
-            "tool_choice: expected a tool's name of letters, digits, '_', '-', '.' and ':', because calls of the family"
-            f" 'mistral' allow no other characters, found {name!r}; rename the tool."
+            "tool_choice: calls of the family 'mistral' allow only letters, digits, '_', '-', '.' and ':' in a tool's"
+            f" name, found {name!r}; rename the tool."
         )
         return
     found = model.chat(MESSAGES, tools=tools, answer_format=family, tool_choice="required")
@@ -196,7 +196,7 @@ def test_a_model_may_reason_before_the_calls(scripted_model, marks, is_open):
         ),
         (
             {"tools": [{"name": "odd", "parameters": {"properties": {"a": {"multipleOf": 9_999_991}}}}]},
-            "tools: parameters of 'odd': multipleOf must be at most 1,000,000 with the decimal point removed,",
+            "tools: parameters of 'odd': without decimal points, multipleOf must be at most 1,000,000; use a",
         ),
     ],
 )  # fmt: skip

@@ -109,7 +109,7 @@ def _layer_types(reader: MetadataReader, period: int) -> list[str]:
     if not isinstance(stated, list) or not all(isinstance(windowed, bool) for windowed in stated):
         raise reader.unexpected(_PATTERN, "a period or a list of true and false", stated)
     if len(stated) < layers:
-        raise reader.unexpected(_PATTERN, f"a list of {layers} values, one per layer", stated)
+        raise reader.unexpected(_PATTERN, f"a list of {layers} values (one per layer)", stated)
     return ["sliding_attention" if windowed else "full_attention" for windowed in stated[:layers]]
 
 

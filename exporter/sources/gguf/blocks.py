@@ -104,9 +104,9 @@ def _fifth_bits(stored: np.ndarray) -> np.ndarray:
 def _super_coefficients(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return the coefficients of Q4_K and Q5_K: the factors of scales and of minima, then 8 scales and 8 minima.
 
-    Scales and minima have 6 bits. The low 6 bits of bytes 4 to 7 are the first four scales, and those of bytes 8 to 11
-    the first four minima. The upper 2 bits of these bytes belong to the last four scales and minima, whose lower 4 bits
-    are in bytes 12 to 15: those of scales in the low nibbles, and those of minima in the high nibbles.
+    Scales and minima have 6 bits. Bytes 4 to 7 belong to scales, and bytes 8 to 11 to minima. The low 6 bits of each
+    byte are one of the first four values. The upper 2 bits are the upper bits of one of the last four values. Bytes 12
+    to 15 contain the lower 4 bits of the last four: of scales in the low nibbles, of minima in the high nibbles.
     """
     scales, minima, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     return (

@@ -88,18 +88,18 @@ def translate_config(
         path: the file, for messages.
         metadata: all metadata of the file.
         shapes: shapes of all tensors except `factors`, by GGUF name, outermost axis first.
-        factors: the tensors ``[P]`` of RoPE factors, which divide the RoPE frequencies, by GGUF name.
+        factors: by GGUF name, the tensors ``[P]`` of factors that divide the RoPE frequencies.
 
     Raises:
-        PrecastError: the architecture is not supported; a key is missing, not understood or contradicts the tensors; or
-            a RoPE scaling cannot be converted exactly.
+        PrecastError: the architecture is not supported; a key is missing, is not understood or contradicts the tensors;
+            or a RoPE scaling cannot be converted exactly.
     """
     architecture = read_architecture(path, metadata)
     reader = MetadataReader(path=path, prefix=metadata["general.architecture"], metadata=metadata)
     _refuse_unknown(reader, architecture)
     if (layers := reader.integer("block_count")) > len(shapes):
         raise reader.unexpected(
-            "block_count", f"at most {len(shapes)}, the number of tensors in the file", layers
+            "block_count", f"at most {len(shapes)} (the number of tensors in the file)", layers
         )
     heads = reader.integer("attention.head_count")
     head_dim, rotated = _head_dims(reader, heads, partial=architecture.partial_rope)

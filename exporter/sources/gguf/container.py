@@ -137,7 +137,7 @@ class _Cursor:
         if count > left:
             raise self.error(
                 self.at,
-                f"expected {count:,} bytes of {what}, found {left:,} before the end, so the file is truncated or"
+                f"expected {count:,} bytes of {what}, but only {left:,} are left, so the file is truncated or"
                 " damaged; fetch it again",
             )
         if self.at + count > _LONGEST_HEADER:
@@ -320,9 +320,8 @@ def _stored(
     if entry.offset % alignment or begin + length > cursor.length:
         raise cursor.error(
             entry.at,
-            f"expected the tensor {name} to lie inside the file, at a multiple of {alignment} bytes, found"
-            f" {length:,} bytes at byte {begin:,} of a file of {cursor.length:,}, so the file is truncated or"
-            " damaged; fetch it again",
+            f"the tensor {name} of {length:,} bytes at byte {begin:,} is not aligned to {alignment} bytes, or exceeds"
+            f" the {cursor.length:,} bytes of the file, so the file is truncated or damaged; fetch it again",
         )
     rows = tuple(reversed(entry.axes[1:]))
     data = mapped[begin : begin + length].view(_DTYPES.get(kind.name, "u1")).reshape(*rows, -1)

@@ -27,7 +27,7 @@ _REFUSED = {"mirostat": 0, "xtc_probability": 0}
 
 
 def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids of the tokens that end a generation: those that a key names, then those with a known text."""
+    """Return the ids of the end tokens: first the tokens that a key names, then the tokens with a known text."""
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
     types = repaired_types(tokens, types, metadata)
@@ -45,16 +45,16 @@ def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, object]:
     """Return the sampling parameters that the file recommends, by field of the manifest's `SamplingDefaults`.
 
-    Newer converters copy them from generation_config.json. The export checks the ranges of the values later.
+    Newer converters copy these parameters from generation_config.json. The export checks their ranges later.
 
     Raises:
-        PrecastError: the file recommends a sampler that precast does not have.
+        PrecastError: the file recommends a sampler that precast lacks.
     """
     for key, off in _REFUSED.items():
         if (value := metadata.get(f"general.sampling.{key}", off)) != off:
             raise PrecastError(
-                f"{path}: general.sampling.{key} is {value!r:.60}, a sampler that precast does not have; remove the key"
-                f" (gguf_new_metadata.py --remove-metadata general.sampling.{key})."
+                f"{path}: general.sampling.{key} is {value!r:.60}, but precast does not have this sampler; remove the"
+                f" key (gguf_new_metadata.py --remove-metadata general.sampling.{key})."
             )
     found = {field: metadata.get(f"general.sampling.{key}") for key, field in _SAMPLING.items()}
     given = {field: value for field, value in found.items() if value is not None}

@@ -137,5 +137,5 @@ def _check_attention_factor(reader: MetadataReader) -> None:
     stated = reader.number("rope.scaling.attn_factor", 1.0)
     if not math.isclose(stated, implied, rel_tol=1e-6):
         raise reader.unexpected(
-            "rope.scaling.attn_factor", f"{implied:.6g}, which the context lengths imply", stated
+            "rope.scaling.attn_factor", f"{implied:.6g} (as the context lengths imply)", stated
         )

@@ -17,7 +17,7 @@ _SYMMETRIC = ("q4_0", "q5_0", "q8_0")
 
 @dataclass(frozen=True, kw_only=True)
 class Affine:
-    """A weight quantised to integers, the numbers, with a scale and a zero point for each group of inputs.
+    """A weight quantised to integers (its numbers), with a scale and a zero point for each group of inputs.
 
     Attributes:
         fail: returns the error for numbers, scales or an index that contradict each other.

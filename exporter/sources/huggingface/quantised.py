@@ -4,11 +4,12 @@ The formats store a weight ``[out, in]`` as small numbers with scales, under nam
 weight is the product of a number and its scale, computed in float32. The formats' libraries also compute it in float16
 or bfloat16, and then round it.
 
-- GPTQ: each int32 of ``qweight [in·b/32, out]`` holds b-bit numbers of consecutive inputs, and each of
-  ``qzeros [groups, out·b/32]`` those of consecutive outputs. ``scales`` is ``[groups, out]``, and ``g_idx [in]`` gives
-  the group of each input. The stored zeros are too small by one, unless ``checkpoint_format`` is "gptq_v2".
-- AWQ, version "gemm": ``qweight [in, out/8]`` and ``qzeros [groups, out/8]``, with the outputs of an int32 in the order
-  `_AWQ_ORDER`; ``scales [groups, out]``.
+- GPTQ: each int32 of ``qweight [in·b/32, out]`` holds the b-bit numbers of consecutive inputs. Each int32 of
+  ``qzeros [groups, out·b/32]`` holds the b-bit zero points of consecutive outputs. ``scales`` is ``[groups, out]``, and
+  ``g_idx [in]`` contains the group of each input. Unless ``checkpoint_format`` is "gptq_v2", the stored zero points are
+  too small by one.
+- AWQ, version "gemm": ``qweight [in, out/8]`` and ``qzeros [groups, out/8]``. The outputs in an int32 have the order
+  `_AWQ_ORDER`. ``scales`` is ``[groups, out]``.
 - FP8: ``weight [out, in]`` in float8_e4m3, with ``weight_scale_inv`` for each block of ``weight_block_size``.
 - compressed-tensors: ``weight_packed [out, in·b/32]`` with ``weight_shape``, or ``weight`` in int8 or float8_e4m3;
   ``weight_scale``, ``weight_zero_point`` and ``weight_g_idx``.
@@ -70,14 +71,14 @@ class RawTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantisation:
-    """How a checkpoint says that its weights are quantised.
+    """The quantisation of a checkpoint's weights, as the checkpoint's config describes it.
 
     Attributes:
         method: "gptq", "awq", "fp8" or "compressed-tensors".
-        bits: bits of a packed number; 0 if the shapes tell.
+        bits: number of bits in a packed number; 0 to derive it from the shapes.
         zero_offset: added to stored zeros.
-        group: inputs of a group with one scale, where no index says so; 0 if the shapes tell.
-        block: rows and columns of a block with one scale; None if the shapes tell.
+        group: number of inputs that share a scale if there is no index; 0 to derive it from the shapes.
+        block: numbers of rows and columns that share a scale; None to derive them from the shapes.
     """
 
     method: str
@@ -88,7 +89,7 @@ class Quantisation:
 
 
 def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation | None:
-    """Return the quantisation that the keys of ``quantization_config`` describe; None if it cannot be read."""
+    """Return the quantisation that the keys of ``quantization_config`` describe; None if it is not supported."""
     bits = config.get("bits", config.get("w_bit", 4))
     match method:
         case "gptq" if bits in (2, 4, 8) and isinstance(bits, int):
@@ -108,13 +109,13 @@ def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation |
 
 
 def _group_size(config: Mapping[str, object]) -> int:
-    """Return the inputs of a group; 0 if the config does not say it, or has one group for all (-1)."""
+    """Return the number of inputs in a group; 0 if the config omits it, or puts all inputs in one group (-1)."""
     size = config.get("group_size", config.get("q_group_size"))
     return size if type(size) is int and size > 0 else 0
 
 
 def _is_readable(config: Mapping[str, object]) -> bool:
-    """Return True if compressed-tensors stores whole weights, in a known format, that multiply plain activations."""
+    """Return True if the config of compressed-tensors describes dense weights in a known format, without transforms."""
     sparsity = config.get("sparsity_config") or {"format": "dense"}
     is_dense = isinstance(sparsity, dict) and sparsity.get("format") in (None, "dense")
     # A transform rotates the activations at run time, so the weights alone are not the model.
@@ -138,7 +139,7 @@ def _block(size: object) -> tuple[int, int] | None:
 
 
 def dequantised(raw: Mapping[str, RawTensor], quantisation: Quantisation) -> dict[str, SourceTensor]:
-    """Return the tensors of a quantised checkpoint; each quantised weight has the name it would have if it were not.
+    """Return a quantised checkpoint's tensors; each quantised weight has the name that it has in other checkpoints.
 
     Tensors in float16, bfloat16 or float32 that belong to no quantised weight are returned as they are.
 
@@ -164,7 +165,7 @@ def dequantised(raw: Mapping[str, RawTensor], quantisation: Quantisation) -> dic
 
 
 class _Parts:
-    """The tensors that store one weight. Taking a tensor removes it from the checkpoint's rest.
+    """The tensors that store one weight. Taking a tensor removes it from `left`.
 
     Args:
         left: the tensors that no weight has taken yet.
@@ -183,12 +184,12 @@ class _Parts:
         tensor = self.find(ending, dtypes, axes)
         if tensor is None:
             raise PrecastError(
-                f"{self._base}{ending}: the tensor is missing, and the weight needs it; {_REMEDY}."
+                f"{self._base}: the quantised weight lacks its tensor {ending[1:]!r}; {_REMEDY}."
             )
         return tensor
 
     def find(self, ending: str, dtypes: tuple[str, ...], axes: int | None = 2) -> RawTensor | None:
-        """Return the same, or None if the tensor is missing."""
+        """Return the tensor as `take` does, or None if it is missing."""
         tensor = self._left.pop(self._base + ending, None)
         if tensor is not None and (
             tensor.dtype not in dtypes or (axes is not None and len(tensor.shape) != axes)
@@ -291,7 +292,7 @@ def _packed(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
     bits = _WORD_BITS * words.shape[1] // shape[1] if len(shape) == 2 and shape[1] > 0 else 0
     if bits not in _BITS or words.shape != (shape[0], -(-shape[1] * bits // _WORD_BITS)):
         raise parts.fail(
-            f"expected weight_packed of the shape {list(shape)} in 1, 2, 4 or 8 bits, found {list(words.shape)}"
+            f"weight_packed {list(words.shape)} cannot store a weight of shape {list(shape)} in 1, 2, 4 or 8 bits"
         )
     outs, inputs = shape
     groups = scales.shape[1] if len(scales.shape) == 2 else 1

@@ -82,7 +82,7 @@ def _from_config(path: Path) -> dict[str, str]:
 
 
 def with_tokens(template: str, tokens: Mapping[str, str]) -> str:
-    """Prepend definitions of special tokens to a template: of those that the template uses, except BOS and EOS."""
+    """Prepend definitions of the special tokens that a template uses, except BOS and EOS."""
     lines = [
         # A JSON string is also a string in Jinja. trim_blocks removes the line end after the tag.
         f"{{% set {key} = {json.dumps(text, ensure_ascii=False)} %}}\n"

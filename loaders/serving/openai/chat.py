@@ -72,7 +72,7 @@ def _shown(completion: "Completion", model: "Model") -> "Sequence[TokenLogprob]"
 
 
 def _logprobs(tokens: "Sequence[TokenLogprob]") -> dict[str, Any]:
-    """Return log-probabilities in the form of chat completions."""
+    """Return log-probabilities as the chat completions endpoint returns them."""
     return {
         "content": [_token(token) | {"top_logprobs": [_token(top) for top in token.top]} for token in tokens],
         "refusal": None,

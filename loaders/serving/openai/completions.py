@@ -52,7 +52,7 @@ def _read(body: bytes) -> tuple[CompletionRequest, Ask]:
 
 
 def _trimmed(completion: "Completion", answers: Answers, given: CompletionRequest) -> "Completion":
-    """Return an answer without its only token if the request asks for no token."""
+    """If the request asks for no tokens, return the answer without the one token that was generated."""
     if given.max_tokens != 0:
         return completion
     text = answers.model.tokenizer.decode(completion.prompt_token_ids)
@@ -74,7 +74,7 @@ def _choice(
 
 
 class _Logprobs:
-    """The log-probabilities of one answer, in the form of completions.
+    """The log-probabilities of one answer, as the completions endpoint returns them.
 
     Args:
         text_of: a function from a token to its text.
@@ -102,7 +102,10 @@ class _Logprobs:
 
 
 def _top(token: "TokenLogprob") -> dict[str, float]:
-    """Return the likeliest tokens and the chosen one; of two tokens with the same text, the likelier one."""
+    """Return the log-probabilities of the likeliest tokens and of the chosen one, by text.
+
+    If several tokens have the same text, the likeliest of them counts.
+    """
     found: dict[str, float] = {}
     for each in (*token.top, token):
         found.setdefault(each.text, max(each.logprob, _LEAST))

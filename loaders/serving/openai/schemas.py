@@ -140,7 +140,7 @@ class NamedSchema(Schema):
 
 
 class ResponseFormat(Schema):
-    """The form of the answer."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None

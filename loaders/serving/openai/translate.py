@@ -41,7 +41,7 @@ _ROLES = {"developer": "system"}
 
 
 def chat_ask(request: ChatRequest) -> Ask:
-    """Return the work that a request of chat completions asks for.
+    """Return the work that a chat completions request asks for.
 
     Raises:
         ApiError: parameters contradict each other, or are not supported together.
@@ -66,7 +66,7 @@ def chat_ask(request: ChatRequest) -> Ask:
 
 
 def completion_ask(request: CompletionRequest) -> Ask:
-    """Return the work that a request of completions asks for.
+    """Return the work that a completions request asks for.
 
     Raises:
         ApiError: parameters contradict each other, or are not supported together.
@@ -75,7 +75,7 @@ def completion_ask(request: CompletionRequest) -> Ask:
     count = request.n or 1
     if request.best_of is not None and request.best_of != count:
         raise ApiError(
-            400, f"best_of: expected the value of n, {count}, found {request.best_of}.", param="best_of"
+            400, f"best_of: expected the same value as n ({count}), found {request.best_of}.", param="best_of"
         )
     fields = sampling_fields(request)
     if request.max_tokens == 0:
@@ -120,7 +120,7 @@ def sampling_fields(request: Sampling) -> dict[str, Any]:
 
 
 def message_of(message: Message) -> dict[str, Any]:
-    """Return a message in the form of `Model.chat`.
+    """Return a message in the form that `Model.chat` accepts.
 
     Raises:
         ApiError: the message lacks its content.
@@ -167,7 +167,7 @@ def _check_chat(request: ChatRequest) -> None:
 
 
 def check_tools(tools: Sequence[Tool], *, is_enforced: bool) -> None:
-    """Refuse `strict` where nothing enforces the schema of a tool.
+    """Refuse `strict` if nothing enforces the schemas of the tools.
 
     Raises:
         ApiError: a tool is strict, and the model is free not to call tools.
@@ -183,15 +183,15 @@ def check_tools(tools: Sequence[Tool], *, is_enforced: bool) -> None:
 
 
 def tool_of(tool: Tool) -> dict[str, Any]:
-    """Return a tool in the form of `Model.chat`."""
+    """Return a tool in the form that `Model.chat` accepts."""
     return {"type": "function", "function": tool.function.model_dump(exclude_none=True, exclude={"strict"})}
 
 
 def _choice(choice: str | ToolName | None) -> str:
-    """Return the argument of `Model.chat` for a `tool_choice`.
+    """Convert a request's `tool_choice` to the argument of `Model.chat`.
 
     Raises:
-        ApiError: a tool has the name of another choice.
+        ApiError: the chosen tool is called "auto" or "required".
     """
     if not isinstance(choice, ToolName):
         return "auto" if choice in (None, "none") else str(choice)
@@ -207,12 +207,14 @@ def _constraint(form: ResponseFormat | None) -> dict[str, Any]:
     """Return the sampling parameter for a `response_format`.
 
     Raises:
-        ApiError: the schema is missing, or not due.
+        ApiError: the schema is missing, or the format does not accept one.
     """
     if (form is not None and form.type == "json_schema") != (
         form is not None and form.json_schema is not None
     ):
-        text = "response_format: expected json_schema with the type 'json_schema', and only with it."
+        text = (
+            "response_format: json_schema must be given with the type 'json_schema', and with no other type."
+        )
         raise ApiError(400, text, param="response_format.json_schema")
     if form is None or form.type == "text":
         return {}

@@ -44,7 +44,7 @@ def timings(done: "Sequence[Completion]") -> dict[str, Any]:
 
 
 def fingerprint(model: "Model") -> str:
-    """Return the name of the weights and the target, which together decide an answer."""
+    """Return a name for the combination of weights and target, which together determine an answer."""
     from ...artifact.manifest import WEIGHTS_FILE
 
     return f"{model.manifest.files[WEIGHTS_FILE].sha256[:12]}-{model.target.name}"
