@@ -88,6 +88,13 @@ def test_a_user_s_program_sees_the_types(installed: Path, tmp_path: Path) -> Non
     assert (packages / "precast/py.typed").is_file()
 
 
+@pytest.mark.parametrize("folder", ["loaders/audit/data", "loaders/serving/static"])
+def test_files_besides_code_are_installed(installed: Path, folder: str) -> None:
+    names = sorted(path.name for path in (ROOT / folder).iterdir())
+    assert len(names) > 1
+    assert sorted(path.name for path in (installed / "precast" / folder).iterdir()) == names
+
+
 def test_every_public_name_is_there() -> None:
     for name in precast.__all__:
         assert getattr(precast, name).__name__ == name

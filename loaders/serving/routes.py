@@ -1,9 +1,10 @@
 """All routes of the server."""
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from ..artifact.frozen import Frozen
-from . import status, tokens
+from . import page, status, tokens
 from .answers import Services
 from .openai import chat, completions, models
 from .openai.schemas import ChatRequest, CompletionRequest
@@ -57,8 +58,21 @@ ROUTES = (
     _get("/metrics", status.metrics, "Show the metrics in Prometheus' text format."),
 )
 
+# The page is no part of the API.
+PAGE_ROUTES = tuple(
+    ApiRoute(
+        method=method,
+        path=path,
+        handler=partial(page.show, name=name),
+        summary="Show a file of the chat page.",
+        is_public=True,
+    )
+    for path, name in page.FILES.items()
+    for method in ("GET", "HEAD")
+)
 
-def by_path(routes: tuple[ApiRoute, ...] = ROUTES) -> Mapping[str, Mapping[str, ApiRoute]]:
+
+def by_path(routes: tuple[ApiRoute, ...] = ROUTES + PAGE_ROUTES) -> Mapping[str, Mapping[str, ApiRoute]]:
     """Return the routes of each path, by method."""
     found: dict[str, dict[str, ApiRoute]] = {}
     for route in routes:
