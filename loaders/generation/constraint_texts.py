@@ -12,6 +12,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from ..artifact.errors import PrecastError
+from .schema_merges import merged_size
 
 # Maximum number of characters of each kind of constraint. llguidance takes quadratic time for regular expressions and
 # for some schemas.
@@ -22,6 +23,8 @@ _DEEPEST = 100
 _MOST_INTERSECTED = 12
 # Maximum of `multipleOf` with its decimal point removed. Some values around ten million take llguidance hours.
 _MOST_REMAINDERS = 1_000_000
+# Objects in a schema after llguidance has merged alternatives with the keys beside them: a second and 150 MB.
+_MOST_MERGED = 20_000
 
 
 class ConstraintText(NamedTuple):
@@ -189,12 +192,24 @@ def _check_schema(where: str, schema: dict[str, Any]) -> None:
     if _depth(schema) > _DEEPEST:
         raise _too_deep(where)
     _check_merges(where, schema)
+    if (size := _merged_size(schema)) > _MOST_MERGED:
+        raise PrecastError(
+            f"{where}: expected at most {_MOST_MERGED:,} objects in a schema after merging alternatives with the keys"
+            f" beside them, found about {size:,}; use fewer anyOf and oneOf beside other keys or in allOf."
+        )
     guidance = schema.get("x-guidance", {})
     if not isinstance(guidance, dict) or guidance.get("lenient"):
         raise PrecastError(
             f'{where}: x-guidance must be an object that does not set "lenient", found'
             f' {json.dumps(guidance):.60}; remove x-guidance, because "lenient" ignores parts of the schema.'
         )
+
+
+def _merged_size(schema: dict[str, Any]) -> int:
+    try:
+        return merged_size(schema)
+    except RecursionError:
+        return _MOST_MERGED + 1
 
 
 def _parsed(text: str) -> Any:
