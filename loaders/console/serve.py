@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,9 +58,7 @@ def run(artifacts: Sequence[Path | str], *, options: ServeOptions, loading: Load
     settings, sources = _settings(options, loading), named_sources(artifacts)
 
     def announce(url: str) -> None:
-        print(
-            printable(f"Serving {', '.join(sources)} at {url}/v1; Ctrl-C stops the server."), file=sys.stderr
-        )
+        print(printable(f"Serving {', '.join(sources)} at {url}/v1; Ctrl-C stops the server."), flush=True)
 
     with raise_on_interrupt():  # the server handles Ctrl-C itself
         serve(sources, settings, Log(), announce)

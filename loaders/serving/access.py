@@ -65,7 +65,7 @@ def check_host(headers: Mapping[str, str], address: str) -> None:
     Raises:
         ApiError: the server listens on a loopback address, and the header Host names another machine.
     """
-    if is_local(address) and not is_local(_name(headers.get("host", address))):
+    if is_local(address) and not is_local(_name(headers.get("host", "localhost"))):
         raise ApiError(
             403, "The header Host must name this machine: localhost or 127.0.0.1.", code="host_not_allowed"
         )

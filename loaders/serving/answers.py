@@ -13,6 +13,7 @@ from ..artifact.frozen import Frozen
 from ..generation.sampling_params import SamplingParams
 from .errors import ApiError
 from .metrics import Metrics
+from .openai.response_store import ResponseStore
 from .pool import Pool
 from .requests import Request, timed_out
 from .settings import ServeSettings
@@ -64,12 +65,14 @@ class Services(Frozen):
         pool: the models.
         preparing: the threads that check requests, render chat templates and tokenise.
         metrics: the metrics.
+        responses: the responses that later ones may continue.
     """
 
     settings: ServeSettings
     pool: Pool
     preparing: Executor
     metrics: Metrics
+    responses: ResponseStore
 
     async def prepare(self, work: Callable[[], _Result]) -> _Result:
         """Call a function in a thread, so that it does not block the event loop."""
@@ -126,7 +129,7 @@ async def answering(services: Services, request: Request, ask: Ask) -> AsyncIter
     request.facts["model"] = ask.model
     async with _before_deadline(request, services.pool.lease(ask.model, ask.answers)) as model:
         work = partial(_streams, model, ask, services.settings, request.seconds_left)
-        answers = Answers(model, await _checked(services.prepare(work)))
+        answers = Answers(model, await _checked(services.prepare(work), ask))
         try:
             yield answers
         finally:
@@ -150,7 +153,7 @@ async def _before_deadline(
         yield model
 
 
-async def _checked(work: Awaitable[_Result]) -> _Result:
+async def _checked(work: Awaitable[_Result], ask: Ask) -> _Result:
     """Wait for the preparation of a request.
 
     Raises:
@@ -159,7 +162,8 @@ async def _checked(work: Awaitable[_Result]) -> _Result:
     try:
         return await work
     except PromptTooLongError as error:
-        raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
+        param = "messages" if ask.prompts is None else "prompt"
+        raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
     except PrecastError as error:
         raise ApiError(400, str(error).removeprefix("Sampling parameters: ")) from None
     except RecursionError:

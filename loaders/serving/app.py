@@ -25,7 +25,8 @@ from .requests import (
     json_reply,
     read_body,
 )
-from .routes import ApiRoute, by_path
+from .route import ApiRoute
+from .routes import by_path
 from .tracing import Tracing
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -72,7 +73,8 @@ class Endpoint(Frozen):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         request, transport = scope[_KEY], Transport(receive, send)
-        route = self.methods.get(scope["method"])
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]  # uvicorn omits the body
+        route = self.methods.get(method)
         if route is None:
             allowed = ", ".join(sorted(self.methods))
             text = f"The method {scope['method']} is not allowed here; use {allowed}."

@@ -28,6 +28,19 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
 _INVALID = "invalid_request_error"
 # pydantic puts the branches of a union into the location of an error, by these names.
 _BRANCHES = frozenset({"str", "int", "float", "bool", "none", "dict", "list"})
+# After the index of an item, the location also names the item's type, if the type decides the schema.
+_TAGS = frozenset(
+    {
+        "message",
+        "function_call",
+        "function_call_output",
+        "reasoning",
+        "text",
+        "thinking",
+        "tool_use",
+        "tool_result",
+    }
+)
 
 
 class ApiError(Exception):
@@ -96,10 +109,18 @@ def invalid(error: ValidationError) -> ApiError:
 def _place(location: Sequence[str | int]) -> str:
     """Return the path of a parameter, such as ``messages[0].content``."""
     path = ""
-    for part in location:
+    for number, part in enumerate(location):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part not in _BRANCHES and part[:1].islower() and "[" not in part and "-" not in part:
+            continue
+        is_tag = part in _TAGS and 0 < number < len(location) - 1 and isinstance(location[number - 1], int)
+        if (
+            part not in _BRANCHES
+            and part[:1].islower()
+            and "[" not in part
+            and "-" not in part
+            and not is_tag
+        ):
             path += f".{part}" if path else part
     return path
 

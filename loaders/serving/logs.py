@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from contextlib import suppress
 from typing import Any, TextIO
 
 
@@ -26,8 +27,9 @@ class Log:
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
         line = json.dumps({"time": stamp, **fields}, default=str)
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        with suppress(OSError):  # a log that cannot be written must not end an answer
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
 
 class LogHandler(logging.Handler):

@@ -1,39 +1,31 @@
 """All routes of the server."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
-from ..artifact.frozen import Frozen
-from . import page, status, tokens
+from . import description, page, status, tokens
 from .answers import Services
-from .openai import chat, completions, models
+from .anthropic import messages
+from .anthropic.schemas import CountRequest, MessagesRequest
+from .openai import chat, completions, models, responses
+from .openai.response_schemas import ResponseRequest
 from .openai.schemas import ChatRequest, CompletionRequest
-from .requests import EventReply, Reply, Request
+from .requests import Reply, Request, json_reply
+from .route import ApiRoute, Handler
 from .schema import Schema
 
-Handler = Callable[[Services, Request, bytes], Awaitable[Reply | EventReply]]
+_PAGE = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
 
-class ApiRoute(Frozen):
-    """A route.
+async def _openapi(services: Services, request: Request, body: bytes) -> Reply:
+    """Describe the routes for programs."""
+    return json_reply(description.openapi(ROUTES))
 
-    Attributes:
-        method: the HTTP method.
-        path: the path, with variables in braces.
-        handler: the function that answers.
-        api: the API whose error format to use, "openai" or "anthropic".
-        summary: one sentence for the documentation.
-        schema: the schema of the body; None without a body.
-        is_public: True if no key is needed.
-    """
 
-    method: str
-    path: str
-    handler: Handler
-    summary: str
-    api: str = "openai"
-    schema: type[Schema] | None = None
-    is_public: bool = False
+async def _docs(services: Services, request: Request, body: bytes) -> Reply:
+    """Describe the routes for people."""
+    text = description.page(ROUTES)
+    return Reply(body=text.encode(), media_type="text/html; charset=utf-8", headers=_PAGE)
 
 
 def _get(path: str, handler: Handler, summary: str, *, is_public: bool = False) -> ApiRoute:
@@ -49,12 +41,25 @@ def _post(
 ROUTES = (
     _post("/v1/chat/completions", chat.chat, ChatRequest, "Answer a chat."),
     _post("/v1/completions", completions.completions, CompletionRequest, "Continue prompts."),
+    _post(
+        "/v1/responses", responses.responses, ResponseRequest, "Answer a chat, or continue an earlier one."
+    ),
+    _post("/v1/messages", messages.messages, MessagesRequest, "Answer a chat.", api="anthropic"),
+    _post(
+        "/v1/messages/count_tokens",
+        messages.count_tokens,
+        CountRequest,
+        "Count the tokens of a chat.",
+        api="anthropic",
+    ),
     _get("/v1/models", models.list_models, "List the models."),
     _get("/v1/models/{model}", models.show_model, "Show a model."),
     _post("/tokenize", tokens.tokenize, tokens.TokenizeRequest, "Return the tokens of a text or of a chat."),
     _post("/detokenize", tokens.detokenize, tokens.DetokenizeRequest, "Return the text of tokens."),
     _get("/health", status.health, "Say that the server is running.", is_public=True),
     _get("/ready", status.ready, "Say whether the server can answer.", is_public=True),
+    _get("/openapi.json", _openapi, "Describe the routes for programs.", is_public=True),
+    _get("/docs", _docs, "Describe the routes for people.", is_public=True),
     _get("/metrics", status.metrics, "Show the metrics in Prometheus' text format."),
 )
 

@@ -18,7 +18,9 @@ from .answers import Services
 from .app import make_app
 from .logs import Log, LogHandler
 from .metrics import Metrics
+from .openai.response_store import ResponseStore
 from .pool import Pool
+from .protocol import Protocol
 from .settings import ServeSettings
 
 # Threads that check requests, render chat templates and tokenise; each request needs milliseconds.
@@ -69,14 +71,20 @@ async def _serve(
     asyncio.get_running_loop().set_default_executor(computing)
     pool = Pool(sources, settings, log.message)
     with ThreadPoolExecutor(_PREPARING, "precast-prepare") as preparing:
-        services = Services(settings=settings, pool=pool, preparing=preparing, metrics=Metrics(pool))
+        services = Services(
+            settings=settings,
+            pool=pool,
+            preparing=preparing,
+            metrics=Metrics(pool),
+            responses=ResponseStore(),
+        )
         server = _Server(
             uvicorn.Config(
                 make_app(services, log),
                 log_config=None,
                 access_log=False,
                 loop="asyncio",
-                http="h11",
+                http=Protocol,
                 ws="none",
                 lifespan="off",
                 server_header=False,

@@ -37,7 +37,7 @@ _SAME = (
     "choice",
 )
 # Roles that chat templates know by another name.
-_ROLES = {"developer": "system"}
+ROLES = {"developer": "system"}
 
 
 def chat_ask(request: ChatRequest) -> Ask:
@@ -135,7 +135,7 @@ def message_of(message: Message) -> dict[str, Any]:
     given = message.model_dump(exclude_none=True, exclude={"annotations"})
     if message.role == "assistant" and message.content is None:
         given["content"] = ""
-    return given | {"role": _ROLES.get(message.role, message.role)}
+    return given | {"role": ROLES.get(message.role, message.role)}
 
 
 def _check_stream(request: Sampling) -> None:
@@ -161,24 +161,29 @@ def _check_chat(request: ChatRequest) -> None:
     if uses_tools and not is_plain:
         text = "response_format: cannot be combined with tools, because a call would not fit it; give one of them."
         raise ApiError(400, text, param="response_format")
-    check_tools(request.tools or (), is_enforced=request.tool_choice not in (None, "auto"))
+    places = [(f"tools[{i}].function.strict", t.function.strict) for i, t in enumerate(request.tools or ())]
+    check_strict(places, is_enforced=request.tool_choice not in (None, "auto"))
     if request.tool_choice not in (None, "none", "auto") and not request.tools:
         raise ApiError(400, "tool_choice: expected tools with tool_choice, found none.", param="tool_choice")
 
 
-def check_tools(tools: Sequence[Tool], *, is_enforced: bool) -> None:
+def check_strict(given: Sequence[tuple[str, bool | None]], *, is_enforced: bool) -> None:
     """Refuse `strict` if nothing enforces the schemas of the tools.
+
+    Args:
+        given: the place and the value of `strict` for each tool.
+        is_enforced: True if the model must call tools.
 
     Raises:
         ApiError: a tool is strict, and the model is free not to call tools.
     """
-    for index, tool in enumerate(tools):
-        if tool.function.strict and not is_enforced:
+    for place, is_strict in given:
+        if is_strict and not is_enforced:
             raise ApiError(
                 400,
-                f"tools[{index}].function.strict: expected false, because only the tool_choice 'required' or a tool's"
-                " name enforces schemas; set strict to false, or give tool_choice.",
-                param=f"tools[{index}].function.strict",
+                f"{place}: expected false, because only the tool_choice 'required' or a tool's name enforces schemas;"
+                " set strict to false, or give tool_choice.",
+                param=place,
             )
 
 
@@ -195,7 +200,15 @@ def _choice(choice: str | ToolName | None) -> str:
     """
     if not isinstance(choice, ToolName):
         return "auto" if choice in (None, "none") else str(choice)
-    name = choice.function.name
+    return reserved(choice.function.name)
+
+
+def reserved(name: str) -> str:
+    """Return the name of a chosen tool.
+
+    Raises:
+        ApiError: another choice has the same name.
+    """
     if name in ("auto", "required"):
         raise ApiError(
             400, f"tool_choice: the tool name {name!r} is reserved; rename the tool.", param="tool_choice"

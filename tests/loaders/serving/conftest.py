@@ -71,7 +71,7 @@ class Server:
             data = response.read()
             found = {name.lower(): text for name, text in response.getheaders()}
         is_json = found.get("content-type", "").startswith("application/json")
-        return response.status, found, json.loads(data) if is_json else data.decode()
+        return response.status, found, json.loads(data) if is_json and data else data.decode()
 
     def running(self) -> int:
         """Return the number of answers that wait or hold a slot."""
@@ -97,6 +97,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command,
+                stdout=file,
                 stderr=file,
                 env={**os.environ, **(environment or {})},
                 cwd=tmp_path_factory.getbasetemp(),

@@ -124,7 +124,7 @@ def test_a_missing_parameter(tiny_server) -> None:
 
 def test_a_prompt_beyond_the_context(tiny_server) -> None:
     status, error = fault(tiny_server, "/v1/completions", TEXT | {"prompt": [5] * 64})
-    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", "prompt")
 
 
 def test_an_unknown_model(tiny_server) -> None:

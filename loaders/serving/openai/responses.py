@@ -1,0 +1,215 @@
+"""``/v1/responses``."""
+
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+from ...text.answer_parser import ContentDelta, ToolCallDelta
+from ..answers import Answers, Services, answering
+from ..errors import ApiError
+from ..requests import EventReply, Reply, Request, event, json_reply
+from ..schema import parse
+from .response_schemas import ResponseRequest
+from .response_translate import new_messages, response_ask
+
+if TYPE_CHECKING:
+    from ...generation.stream import Completion
+    from ...text.answer_parser import Delta
+
+
+async def responses(services: Services, request: Request, body: bytes) -> Reply | EventReply:
+    """Answer a chat, which may continue an earlier response."""
+    given = await services.prepare(lambda: parse(ResponseRequest, body))
+    previous = given.previous_response_id
+    before = [] if previous is None else services.responses.messages(previous)
+    ask = response_ask(given, before)
+    head = _head(given)
+
+    def keep(done: "Completion") -> None:
+        if given.store is not False:
+            services.responses.add(head["id"], [*before, *new_messages(given.input), done.message()])
+
+    async with AsyncExitStack() as stack:
+        answers = await stack.enter_async_context(answering(services, request, ask))
+        if given.stream:
+
+            async def events() -> AsyncIterator[bytes]:
+                async for each in _events(answers, head):
+                    yield event(each, each["type"])
+                    if each["type"] in ("response.completed", "response.incomplete"):
+                        keep(answers.streams[0].completion)
+
+            return EventReply(events=events(), closing=stack.pop_all())
+        items = _Items()
+        async for _, delta in answers.deltas():
+            if delta is not None:
+                deque(items.take(delta), maxlen=0)
+        done = answers.streams[0].completion
+        deque(items.close(done), maxlen=0)
+        keep(done)
+        return json_reply(head | _ended(done, items.items, answers))
+
+
+def _head(given: ResponseRequest) -> dict[str, Any]:
+    """Return the response before its answer begins: it repeats the request's parameters."""
+    form = given.text.format if given.text else None
+    shown = given.model_dump(by_alias=True)
+    return {
+        "id": f"resp_{secrets.token_hex(12)}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "in_progress",
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": given.instructions,
+        "max_output_tokens": given.max_output_tokens,
+        "metadata": given.metadata or {},
+        "model": given.model,
+        "output": [],
+        "parallel_tool_calls": True,
+        "previous_response_id": given.previous_response_id,
+        "reasoning": {"effort": None, "summary": None},
+        "service_tier": "default",
+        "store": given.store is not False,
+        "temperature": given.temperature,
+        "text": {"format": {"type": "text"} if form is None else shown["text"]["format"]},
+        "tool_choice": shown["tool_choice"] or "auto",
+        "tools": shown["tools"] or [],
+        "top_p": given.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": given.user,
+    }
+
+
+def _ended(done: "Completion", items: Sequence[Mapping[str, Any]], answers: Answers) -> dict[str, Any]:
+    """Return the parts of a response that its answer decides."""
+    is_cut = done.finish_reason == "length"
+    cached, prompt, tokens = done.timing.cached_tokens, len(done.prompt_token_ids), len(done.token_ids)
+    encode = answers.model.tokenizer.encode
+    reasoning = len(encode(done.reasoning, add_special_tokens=False)) if done.reasoning else 0
+    return {
+        "status": "incomplete" if is_cut else "completed",
+        "completed_at": None if is_cut else int(time.time()),
+        "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+        "output": items,
+        "usage": {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": cached},
+            "output_tokens": tokens,
+            "output_tokens_details": {"reasoning_tokens": min(reasoning, tokens)},
+            "total_tokens": prompt + tokens,
+        },
+    }
+
+
+async def _events(answers: Answers, head: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the events of a streamed response."""
+    number = 0
+
+    def numbered(kind: str, **fields: Any) -> dict[str, Any]:
+        nonlocal number
+        number += 1
+        return {"type": kind, "sequence_number": number - 1, **fields}
+
+    items = _Items()
+    yield numbered("response.created", response=head)
+    yield numbered("response.in_progress", response=head)
+    try:
+        async for _, delta in answers.deltas():
+            if delta is not None:
+                for kind, fields in items.take(delta):
+                    yield numbered(kind, **fields)
+        done = answers.streams[0].completion
+        for kind, fields in items.close(done):
+            yield numbered(kind, **fields)
+        ended = {**head, **_ended(done, items.items, answers)}
+        yield numbered(f"response.{ended['status']}", response=ended)
+    except ApiError as error:
+        fault = {"code": "server_error", "message": str(error)}
+        yield numbered("error", code=error.code, message=str(error), param=error.param)
+        yield numbered("response.failed", response={**head, "status": "failed", "error": fault})
+
+
+_Events = Iterator[tuple[str, dict[str, Any]]]
+
+
+class _Items:
+    """The output items of a response while its answer arrives.
+
+    Attributes:
+        items: the items so far; the last one may still grow.
+    """
+
+    def __init__(self) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._is_open = False
+
+    def take(self, delta: "Delta") -> _Events:
+        """Add a piece of the answer, and yield the events for it."""
+        if isinstance(delta, ToolCallDelta):
+            yield from self._end("completed")
+            yield from self._call(delta)
+            return
+        is_text = isinstance(delta, ContentDelta)
+        kind, part, prefix = (
+            ("message", "output_text", "msg") if is_text else ("reasoning", "reasoning_text", "rs")
+        )
+        if not self._is_open or self.items[-1]["type"] != kind:
+            yield from self._end("completed")
+            extra: dict[str, Any] = {"role": "assistant"} if is_text else {"summary": []}
+            yield from self._begin(kind, prefix, {**extra, "content": []})
+            shown: dict[str, Any] = {"annotations": [], "logprobs": []} if is_text else {}
+            self.items[-1]["content"].append({"type": part, "text": "", **shown})
+            yield "response.content_part.added", {**self._place(), "part": dict(self.items[-1]["content"][0])}
+        self.items[-1]["content"][0]["text"] += delta.text
+        more: dict[str, Any] = {"logprobs": []} if is_text else {}
+        yield f"response.{part}.delta", {**self._place(), "delta": delta.text, **more}
+
+    def close(self, done: "Completion") -> _Events:
+        """Yield the events for the end of the answer."""
+        yield from self._end("incomplete" if done.finish_reason == "length" else "completed")
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, "content_index": 0}
+
+    def _begin(self, kind: str, prefix: str, fields: Mapping[str, Any]) -> _Events:
+        item = {"id": f"{prefix}_{secrets.token_hex(12)}", "type": kind, "status": "in_progress", **fields}
+        self.items.append(item)
+        self._is_open = True
+        shown = {**item, "content": []} if "content" in item else dict(item)
+        yield "response.output_item.added", {"output_index": len(self.items) - 1, "item": shown}
+
+    def _call(self, delta: ToolCallDelta) -> _Events:
+        call = delta.call
+        yield from self._begin(
+            "function_call", "fc", {"call_id": call.id, "name": call.name, "arguments": ""}
+        )
+        item = self.items[-1]
+        place = {"item_id": item["id"], "output_index": len(self.items) - 1}
+        yield "response.function_call_arguments.delta", {**place, "delta": call.arguments}
+        item["arguments"] = call.arguments
+        yield (
+            "response.function_call_arguments.done",
+            {**place, "name": call.name, "arguments": call.arguments},
+        )
+        yield from self._end("completed")
+
+    def _end(self, status: str) -> _Events:
+        """End the item that is open, if there is one."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        item = self.items[-1]
+        if item["type"] != "function_call":
+            (part,) = item["content"]
+            more: dict[str, Any] = {"logprobs": []} if part["type"] == "output_text" else {}
+            yield f"response.{part['type']}.done", {**self._place(), "text": part["text"], **more}
+            yield "response.content_part.done", {**self._place(), "part": dict(part)}
+        item["status"] = status
+        yield "response.output_item.done", {"output_index": len(self.items) - 1, "item": dict(item)}

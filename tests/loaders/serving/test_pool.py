@@ -1,0 +1,188 @@
+"""Many models: loaded at the first request, unloaded when they are idle or memory is short, pulled from a store."""
+
+import asyncio
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.serving.errors import ApiError
+from precast.loaders.serving.pool import Pool, _measure
+from precast.loaders.serving.settings import ServeSettings
+from precast.loaders.serving.sources import named_sources
+
+LOG: list[str] = []
+
+
+@pytest.fixture
+def folders(tmp_path: Path, tiny_artifact: Path) -> Mapping[str, Path]:
+    """Return three models by name."""
+    LOG.clear()
+    return {name: Path(shutil.copytree(tiny_artifact, tmp_path / "models" / name)) for name in "abc"}
+
+
+def run(sources: Mapping[str, Path | str], work: Callable[[Pool], Awaitable[Any]], **settings: Any) -> Any:
+    async def main() -> Any:
+        pool = Pool(sources, ServeSettings(**settings), LOG.append)
+        unloading = asyncio.create_task(pool.unload_idle())
+        try:
+            return await work(pool)
+        finally:
+            unloading.cancel()
+
+    return asyncio.run(main())
+
+
+def loaded(pool: Pool) -> str:
+    return "".join(name for name, entry in pool.entries.items() if entry.model is not None)
+
+
+async def use(pool: Pool, names: str) -> None:
+    for name in names:
+        async with pool.lease(name, 1) as model:
+            assert model.engine.context == 64
+
+
+def test_a_model_is_loaded_once_for_many_requests(folders) -> None:
+    async def work(pool: Pool) -> str:
+        assert loaded(pool) == ""
+        await asyncio.gather(*(use(pool, "b") for _ in range(5)))
+        assert pool.entries["b"].in_flight == 0
+        return loaded(pool)
+
+    assert run(folders, work) == "b"
+    assert len([line for line in LOG if "loaded and verified" in line]) == 1
+
+
+def test_the_least_recently_used_model_is_unloaded(folders) -> None:
+    size = _measure(folders["a"], ServeSettings(), LOG.append)[1]
+
+    async def work(pool: Pool) -> list[str]:
+        states = []
+        for names in ("a", "b", "ac", "b"):
+            await use(pool, names)
+            states.append(loaded(pool))
+        return states
+
+    assert run(folders, work, memory=size * 5 // 2) == ["a", "ab", "ac", "bc"]
+
+
+def test_a_model_in_use_stays(folders) -> None:
+    size = _measure(folders["a"], ServeSettings(), LOG.append)[1]
+
+    async def work(pool: Pool) -> None:
+        async with pool.lease("a", 1):
+            with pytest.raises(ApiError, match="memory is short") as caught:
+                await use(pool, "b")
+            assert (caught.value.status, caught.value.headers) == (503, {"retry-after": "1"})
+            assert loaded(pool) == "a"
+        await use(pool, "b")
+        assert loaded(pool) == "b"
+
+    run(folders, work, memory=size * 3 // 2)
+
+
+def test_a_model_that_never_fits(folders) -> None:
+    async def work(pool: Pool) -> None:
+        with pytest.raises(
+            ApiError, match=r"^The model 'a' could not be loaded; the server's log gives the reason\.$"
+        ):
+            await use(pool, "a")
+
+    run(folders, work, memory=1000)
+    assert "--memory allows" in LOG[-1]
+
+
+def test_an_idle_model_is_unloaded_and_its_memory_freed(folders) -> None:
+    async def work(pool: Pool) -> None:
+        async with pool.lease("a", 1) as model:
+            engine = weakref.ref(model.engine)
+            await asyncio.sleep(0.3)
+        del model
+        while loaded(pool):
+            await asyncio.sleep(0.02)
+        gc.collect()
+        assert engine() is None
+        await use(pool, "a")
+
+    run(folders, work, idle_unload=0.1)
+    assert LOG[1] == "a: unloaded"
+
+
+def test_a_broken_model_fails_alone(folders) -> None:
+    (folders["b"] / "tokenizer.json").write_text("{}")
+
+    async def work(pool: Pool) -> None:
+        with pytest.raises(ApiError, match="could not be loaded") as caught:
+            await use(pool, "b")
+        assert str(folders["b"]) not in str(caught.value)
+        await use(pool, "a")
+
+    run(folders, work)
+    assert any(line.startswith("b: ") and "tokenizer.json" in line for line in LOG)
+
+
+def test_a_model_with_other_answers_is_refused(folders, edit_manifest) -> None:
+    """Golden answers are replayed before the first answer."""
+    import hashlib
+
+    path = folders["a"] / "golden.json"
+    golden = json.loads(path.read_text())
+    tokens = next(answer["token_ids"] for answer in golden["greedy"] if answer["token_ids"])
+    tokens[0] = (tokens[0] + 1) % 300
+    path.write_text(json.dumps(golden))
+    data = path.read_bytes()
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_manifest(folders["a"], lambda manifest: manifest["files"]["golden.json"].update(entry))
+
+    async def work(pool: Pool) -> str | None:
+        await pool.preload()
+        return pool.obstacle
+
+    reason = run({"a": folders["a"]}, work)
+    assert reason == "The model could not be loaded; the server's log gives the reason."
+    assert "do not use it here" in LOG[-1]
+
+
+def test_a_signature_is_required(folders, tmp_path) -> None:
+    key = tmp_path / "public.pem"
+    key.write_text("")
+
+    async def work(pool: Pool) -> None:
+        with pytest.raises(ApiError, match="could not be loaded"):
+            await use(pool, "a")
+
+    run(folders, work, loading={"require_signature": key})
+    assert "sign" in LOG[-1]
+
+
+def test_a_model_is_pulled_from_a_store(folders, tmp_path, own_cache) -> None:
+    from precast.loaders.store.push import push
+
+    url = f"file://{tmp_path}/store/team/pushed"
+    push(folders["a"], url)
+    shutil.rmtree(folders["a"])
+    sources = named_sources([url, folders["b"]])
+
+    async def work(pool: Pool) -> str:
+        async with pool.lease("pushed", 1):
+            return loaded(pool)
+
+    assert list(sources) == ["pushed", "b"]
+    assert run(sources, work) == "pushed"
+
+
+def test_names(folders, tmp_path) -> None:
+    root = tmp_path / "models"
+    assert named_sources([root]) == {name: root / name for name in "abc"}
+    assert named_sources([root / "a", "s3://bucket/b/"]) == {"a": root / "a", "b": "s3://bucket/b/"}
+    with pytest.raises(PrecastError, match="expected models with different names, found 'a' here and at"):
+        named_sources([root, root / "a"])
+    with pytest.raises(PrecastError, match="does not exist"):
+        named_sources([tmp_path / "nothing"])
