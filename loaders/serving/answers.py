@@ -85,10 +85,12 @@ class Answers:
     Attributes:
         model: the model.
         streams: the answers; all answers to the first prompt come first.
+        failure: the error that ended an answer; None without one.
     """
 
     def __init__(self, model: "Model", streams: "Sequence[Stream]") -> None:
         self.model, self.streams = model, streams
+        self.failure: Exception | None = None
         self._running = set(range(len(streams)))
 
     async def deltas(self) -> "AsyncIterator[tuple[int, Delta | None]]":
@@ -105,8 +107,14 @@ class Answers:
                     if self.streams[index].completion.finish_reason == "timeout":
                         raise timed_out()
                 yield index, delta
-        except PrecastError as error:
-            raise ApiError(500, str(error)) from error
+        except ApiError:
+            raise
+        except Exception as error:
+            # The message may name files of the server, so only the log has it.
+            self.failure = error
+            raise ApiError(
+                500, "The answer failed; the server's log gives the reason.", code="internal_error"
+            ) from error
 
     async def completions(self) -> "list[Completion]":
         """Wait until all answers are complete, and return them; errors as for `deltas`."""
@@ -136,6 +144,8 @@ async def answering(services: Services, request: Request, ask: Ask) -> AsyncIter
             await asyncio.shield(answers.close())
             done = [stream.completion for stream in answers.streams]
             request.facts.update(_facts(done))
+            if answers.failure is not None:
+                request.facts["error"] = repr(answers.failure)
             services.metrics.observe(ask.model, done)
 
 
