@@ -19,7 +19,7 @@ def test_keys_of_a_file_or_the_environment(tmp_path) -> None:
     ("content", "text"),
     [
         (None, "cannot be read (No such file or directory); check --api-key-file."),
-        (b"", "expected at least one API key, found none; write one a line."),
+        (b"", "expected at least one API key, found none; write one per line."),
         (b"\xff", "cannot be read (it is not UTF-8 text); check --api-key-file."),
         ("clé".encode(), "expected API keys of printable ASCII characters; replace the key."),
     ],

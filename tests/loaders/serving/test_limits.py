@@ -91,7 +91,7 @@ def test_a_body_in_chunks_that_is_too_long(limited) -> None:
 def test_more_tokens_than_the_limit(limited) -> None:
     status, _, body = limited.request("/v1/completions", LONG | {"max_tokens": 1501}, headers=KEY)
     assert status == 400
-    assert body["error"]["message"] == "max_tokens: expected at most 1500, the server's limit, found 1501."
+    assert body["error"]["message"] == "max_tokens: expected at most 1500 (the server's limit), found 1501."
 
 
 def test_more_answers_than_the_queue_holds(limited) -> None:
