@@ -265,7 +265,7 @@ def _refit(
     codes: list[np.ndarray],
     q: np.ndarray,
 ) -> list[np.ndarray]:
-    """Return the factors with the least squared error for these codes; keep a factor if the fit is not unique."""
+    """Return the factors with the least squared error for these codes, or the given factor if several are best."""
     shape = codes[0].shape
     starts = _starts(block_format, shape[1])
 

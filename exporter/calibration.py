@@ -58,7 +58,7 @@ def read_calibration_text(path: Path | None) -> CalibrationText:
         topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         raise PrecastError(
-            "--bits: this Python lacks its own documentation (pydoc_data), which is the default text; add"
+            "--bits: the default text is Python's own documentation (pydoc_data), which is not installed here; add"
             " --calibrate FILE."
         ) from None
     return CalibrationText(name="Python's documentation", content="\n\n".join(topics.values()))

@@ -79,9 +79,9 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
     ]
     if unknown := sorted(set(left) - set(ignored)):
         raise PrecastError(
-            f"{source.name}: tensor {unknown[0]!r} belongs to no parameter of the model"
-            f"{f' (nor do {len(unknown) - 1} others)' if len(unknown) > 1 else ''}; use the config"
-            " and the weights of the same model."
+            f"{source.name}: tensor {unknown[0]!r}"
+            f"{f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''} belongs to no parameter of the"
+            " model; use the config and the weights of the same model."
         )
     return WeightPlan(parameters=parameters, tensors=source.tensors, ignored=ignored)
 

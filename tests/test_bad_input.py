@@ -419,7 +419,7 @@ def test_files_that_are_truncated_or_altered_or_gone(refused, artifact_copy, own
     path = artifact_copy / name
     data = path.read_bytes()
     path.write_bytes(data[:-1])
-    text = f"{artifact_copy}: file {name!r} has {len(data) - 1} bytes, expected {len(data)}; it is truncated or altered"
+    text = f"{artifact_copy}: file {name!r} has {len(data) - 1} bytes, expected {len(data)}; it has been truncated"
     assert text in refused("run", artifact_copy, "-p", "x")
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert f"{artifact_copy}: file {name!r} has sha256 " in refused("run", artifact_copy, "-p", "x")

@@ -46,7 +46,7 @@ class TensorNames:
             if tensors and all(name.startswith(wrapper) for name in tensors):
                 raise PrecastError(
                     f"every tensor's name begins with {wrapper!r}, a prefix that {owner} adds when it saves a model;"
-                    " load the model without the wrapper in transformers and save it with save_pretrained."
+                    " use transformers to load the model without the wrapper, and save it with save_pretrained."
                 )
         prefix = f"{self.body}."
         if not any(name.startswith(prefix) for name in tensors):

@@ -200,7 +200,7 @@ def _checked_name(name: str) -> str:
     """Convert a name in the manifest to a name in a signature, and check that it converts back."""
     translated = signature_name(name)
     if manifest_name(translated) != name:
-        raise RuntimeError(f"{name}: its name in a signature, {translated}, does not translate back")
+        raise RuntimeError(f"{name!r} becomes {translated!r} in a signature, which does not convert back")
     return translated
 
 

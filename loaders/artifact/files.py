@@ -42,7 +42,7 @@ def split_name(
         or name != "/".join(parts)
         or any(p in ("..", ".", "/") or "\\" in p or "\0" in p for p in parts)
     ):
-        raise PrecastError(f"{root}: {name!r} is not the name of a file inside an artifact; {remedy}.")
+        raise PrecastError(f"{root}: {name!r} is not a valid name for a file of an artifact; {remedy}.")
     return parts
 
 
@@ -338,7 +338,7 @@ def _recorded_hash(identity: str) -> str | None:
 def _check_size(root: Path, name: str, entry: FileEntry, size: int) -> None:
     if size != entry.bytes:
         raise PrecastError(
-            f"{root}: file {name!r} has {size} bytes, expected {entry.bytes}; it is truncated or altered: copy or"
+            f"{root}: file {name!r} has {size} bytes, expected {entry.bytes}; it has been truncated or altered: copy or"
             " export the artifact again."
         )
 
@@ -346,8 +346,8 @@ def _check_size(root: Path, name: str, entry: FileEntry, size: int) -> None:
 def _check_hash(root: Path, name: str, entry: FileEntry, digest: str) -> None:
     if digest != entry.sha256:
         raise PrecastError(
-            f"{root}: file {name!r} has sha256 {digest[:12]}…, expected {entry.sha256[:12]}…; it is altered: copy or"
-            " export the artifact again."
+            f"{root}: file {name!r} has sha256 {digest[:12]}…, expected {entry.sha256[:12]}…; it has been altered:"
+            " copy or export the artifact again."
         )
 
 

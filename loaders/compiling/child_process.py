@@ -104,7 +104,7 @@ class Child:
             code = self._exit_code()
             raise StartError(f"{name}: {_last_line(self._errors) or ending(code)}") from None
         if not self._received.startswith(READY):
-            raise StartError(f"{name} does not answer as Python would")
+            raise StartError(f"{name} does not behave like a Python interpreter")
         del self._received[: len(READY)]
 
     def ask(

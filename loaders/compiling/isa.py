@@ -109,7 +109,7 @@ def check_isa(name: str) -> None:
     if processor_family() != "x86_64":
         raise PrecastError(
             f"--cpu-isa: {name} is a level of x86-64, but this machine is {processor_family()}; omit"
-            " --cpu-isa, or run precast add-target on a machine that has the level."
+            " --cpu-isa, or run precast add-target on an x86-64 machine that supports this level."
         )
     if lacks := _lacks(name):
         raise PrecastError(
@@ -152,7 +152,7 @@ def needed_features(isa: str, executables: Mapping[str, bytes], where: str) -> t
 
 
 def _checked(isa: str, program: str, executable: bytes, where: str) -> Iterator[Instruction]:
-    """Yield the instructions of an executable, and refuse an instruction beyond the level."""
+    """Yield the instructions of an executable; raise PrecastError at an instruction that `isa` does not include."""
     objects = object_files(executable)
     if objects is None:
         raise PrecastError(

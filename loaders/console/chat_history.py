@@ -82,7 +82,7 @@ def _parsed(line: bytes) -> str | None:
 
 
 def _is_kept(message: str) -> bool:
-    """Return True if a message is short enough, and line editors accept it."""
+    """Return True if a message is short enough and acceptable to line editors."""
     try:
         return 0 < len(message.encode()) <= _LONGEST and "\0" not in message
     except UnicodeEncodeError:

@@ -226,7 +226,7 @@ def _library() -> Any:
 
 
 def _shared(built: "_Grammar | BaseException | None") -> "_Grammar | PrecastError | None":
-    """Return the result for the threads that waited for another thread; None if they must try again."""
+    """Return what the threads that waited for this build receive: its result, or None if they must build again."""
     return built if isinstance(built, _Grammar | PrecastError) else None
 
 

@@ -137,7 +137,7 @@ class PrefixTree:
 
     @property
     def spare_bytes(self) -> int:
-        """The maximum memory of an idle KV cache that is kept, in bytes; 0 if the tree's limit is 0."""
+        """The scheduler keeps an idle KV cache only if it takes at most this many bytes; 0 if the tree's limit is 0."""
         return 0 if self._limit == 0 else _SPARE_BYTES
 
     def match(self, tokens: Sequence[int]) -> Match:

@@ -40,7 +40,7 @@ class Prefixes(Protocol):
 
     Attributes:
         every_chunk: True if each chunk of a prompt must be captured before the next chunk overwrites it.
-        spare_bytes: maximum memory of an idle KV cache that the scheduler keeps, in bytes.
+        spare_bytes: the scheduler keeps an idle KV cache only if it takes at most this many bytes.
     """
 
     every_chunk: bool

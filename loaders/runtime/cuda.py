@@ -123,7 +123,7 @@ class Client(pjrt.Client):
         return self._put(array, self._kinds.IMMUTABLE_ONLY_DURING_CALL)
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """Return a zeroed array, which is also its own buffer. Every call of an `Executable` copies it to the GPU."""
+        """Return a zeroed array twice: to write to, and as the buffer that every call of an `Executable` copies."""
         array = np.zeros(shape, dtype)
         return array, cast(Buffer, array)
 

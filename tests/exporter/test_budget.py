@@ -154,7 +154,7 @@ def test_the_default_text_is_python_s_documentation(monkeypatch: pytest.MonkeyPa
     with pytest.raises(PrecastError) as raised:
         read_calibration_text(None)
     assert str(raised.value) == (
-        "--bits: this Python lacks its own documentation (pydoc_data), which is the default text; add"
+        "--bits: the default text is Python's own documentation (pydoc_data), which is not installed here; add"
         " --calibrate FILE."
     )
 

@@ -136,7 +136,7 @@ def test_names_with_the_prefix_of_a_wrapper(script, planned, wrapper, owner):
         planned(config, {wrapper + name: array for name, array in arrays.items()})
     assert str(caught.value) == (
         f"m: every tensor's name begins with '{wrapper}', a prefix that {owner} adds when it saves a model;"
-        " load the model without the wrapper in transformers and save it with save_pretrained."
+        " use transformers to load the model without the wrapper, and save it with save_pretrained."
     )
 
 

@@ -189,7 +189,7 @@ def test_fault_04_a_name_never_leaves_the_folder(artifact_copy, edit_manifest, c
     for command in commands:
         result = cli(*command)
         assert result.exit_code in (1, 2), result.output
-        assert f"{name!r} is not the name of a file inside an artifact" in result.output
+        assert f"{name!r} is not a valid name for a file of an artifact" in result.output
 
 
 @pytest.mark.parametrize(

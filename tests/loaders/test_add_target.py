@@ -166,7 +166,7 @@ def test_a_program_without_a_file_name_is_refused(refused, artifact_copy, edit_m
         artifact_copy, lambda m: [t["programs"][-1].update(name=name) for t in m["targets"] if t["programs"]]
     )
     text = refused()
-    assert "is not the name of a file inside an artifact" in text or text == (
+    assert "is not a valid name for a file of an artifact" in text or text == (
         f"{artifact_copy}: target {EXPORTED!r} has a program 'a/b', expected names without '/'; export the"
         " model again."
     )

@@ -69,7 +69,7 @@ def test_names_of_regular_files_are_found(root):
     ],
 )
 def test_names_that_may_leave_the_folder_are_refused(root, name):
-    with pytest.raises(PrecastError, match="is not the name of a file inside an artifact") as raised:
+    with pytest.raises(PrecastError, match="is not a valid name for a file of an artifact") as raised:
         files.member_path(root, name)
     assert repr(name) in str(raised.value)
 
@@ -99,8 +99,8 @@ def test_contents_are_read_when_they_match(root):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"content", "file 'a.bin' has 7 bytes, expected 8; it is truncated or altered"),
-        (b"contents!", "file 'a.bin' has 9 bytes, expected 8; it is truncated or altered"),
+        (b"content", "file 'a.bin' has 7 bytes, expected 8; it has been truncated or altered"),
+        (b"contents!", "file 'a.bin' has 9 bytes, expected 8; it has been truncated or altered"),
         (b"Contents", "file 'a.bin' has sha256 "),
     ],
 )

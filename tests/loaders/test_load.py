@@ -153,7 +153,7 @@ def test_damage_to_any_file_is_noticed_before_its_use(artifact_copy, own_cache, 
             "linked": "to be a plain file inside the artifact, found a symlink",
             "altered": "has sha256",
         }
-        assert expected.get(damage, "it is truncated or altered") in text
+        assert expected.get(damage, "it has been truncated or altered") in text
         path.unlink(missing_ok=True)
         path.write_bytes(data)
     assert load(artifact_copy).compiles == 0
@@ -190,7 +190,7 @@ def test_names_in_the_manifest_cannot_leave_the_artifact(artifact_copy, edit_man
         manifest["tokenizer"]["file"] = "../tokenizer.json"
 
     edit_manifest(artifact_copy, outside)
-    assert "'../tokenizer.json' is not the name of a file inside an artifact" in refusal(artifact_copy)
+    assert "'../tokenizer.json' is not a valid name for a file of an artifact" in refusal(artifact_copy)
 
 
 def test_weights_that_do_not_fit_the_programs_are_named(artifact_copy, edit_manifest):

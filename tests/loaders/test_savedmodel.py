@@ -166,7 +166,7 @@ def test_an_altered_file_is_refused_before_tensorflow_reads_any(copy, no_tensorf
     path.write_bytes(data)
     assert f"file '{FOLDER}/{name}' has sha256" in refusal(copy)
     path.write_bytes(data[:-1])
-    assert "it is truncated or altered" in refusal(copy)
+    assert "it has been truncated or altered" in refusal(copy)
     path.unlink()
     assert f"file '{FOLDER}/{name}' is missing" in refusal(copy)
 
@@ -213,7 +213,7 @@ def test_no_folder_outside_the_artifact_is_looked_into(artifact_copy, no_tensorf
     (outside / "secret").touch()
     executable = f"{where}/saved_model.pb"
     assert refused_executable(artifact_copy, executable) == (
-        f"{artifact_copy}: {executable!r} is not the name of a file inside an artifact; copy or export the"
+        f"{artifact_copy}: {executable!r} is not a valid name for a file of an artifact; copy or export the"
         " artifact again."
     )
     assert folders_listed == []

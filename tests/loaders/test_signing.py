@@ -282,7 +282,7 @@ def test_the_verified_bytes_are_parsed(signed, keys, monkeypatch):
 
 def test_an_altered_file_is_refused_although_the_signature_is_valid(signed, keys):
     (signed / "tokenizer.json").write_bytes((signed / "tokenizer.json").read_bytes()[:-1] + b" ")
-    assert "it is altered: copy or export the artifact again" in refusal(signed, keys / "maker.pub.pem")
+    assert "it has been altered: copy or export the artifact again" in refusal(signed, keys / "maker.pub.pem")
 
 
 # --- keys and signed artifacts -------------------------------------------------------------------------------

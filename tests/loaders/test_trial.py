@@ -258,8 +258,8 @@ def child_that(monkeypatch, tmp_path, code, ready=True):
         ("sys.exit('getopt_long() error')", "getopt_long() error"),
         ("sys.exit(3)", "exit code 3"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-        ("print('error: a sentence'); sys.exit(3)", "does not answer as Python would"),
-        ("print('precast child'); time.sleep(600)", "does not answer as Python would"),
+        ("print('error: a sentence'); sys.exit(3)", "does not behave like a Python interpreter"),
+        ("print('precast child'); time.sleep(600)", "does not behave like a Python interpreter"),
         ("time.sleep(600)", "did not become ready within 1 s"),
     ],
 )

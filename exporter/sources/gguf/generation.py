@@ -27,7 +27,7 @@ _REFUSED = {"mirostat": 0, "xtc_probability": 0}
 
 
 def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids of the end tokens: first the tokens that a key names, then the tokens with a known text."""
+    """Return the ids of the end tokens: first those that the metadata name, then those whose text is known."""
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
     types = repaired_types(tokens, types, metadata)

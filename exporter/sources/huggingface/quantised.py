@@ -168,8 +168,8 @@ class _Parts:
     """The tensors that store one weight. Taking a tensor removes it from `left`.
 
     Args:
-        left: the tensors that no weight has taken yet.
-        base: the beginning of the names.
+        left: the tensors that are not assigned to a weight yet.
+        base: the common beginning of the names of the weight's tensors.
     """
 
     def __init__(self, left: dict[str, RawTensor], base: str) -> None:

@@ -181,8 +181,8 @@ def check_strict(given: Sequence[tuple[str, bool | None]], *, is_enforced: bool)
         if is_strict and not is_enforced:
             raise ApiError(
                 400,
-                f"{place}: expected false, because only the tool_choice 'required' or a tool's name enforces schemas;"
-                " set strict to false, or give tool_choice.",
+                f"{place}: expected false, because schemas are enforced only if tool_choice is 'required' or"
+                " names a tool; set strict to false, or set tool_choice.",
                 param=place,
             )
 

@@ -68,11 +68,11 @@ FIRST = (*README, "pieces", 0)
 HOSTILE = {
     "a name that leaves the folder": (
         also_as("../evil"),
-        "'../evil' is not the name of a file inside an artifact; push the artifact again.",
+        "'../evil' is not a valid name for a file of an artifact; push the artifact again.",
     ),
-    "an absolute name": (also_as("/tmp/evil"), "'/tmp/evil' is not the name of a file inside"),
-    "dots within a name": (also_as("a/../../evil"), "'a/../../evil' is not the name of a file inside"),
-    "a backslash": (also_as("..\\evil"), "is not the name of a file inside"),
+    "an absolute name": (also_as("/tmp/evil"), "'/tmp/evil' is not a valid name for a file"),
+    "dots within a name": (also_as("a/../../evil"), "'a/../../evil' is not a valid name for a file"),
+    "a backslash": (also_as("..\\evil"), "is not a valid name for a file"),
     "a file below a file": (also_as("README.md/evil"), "writing stopped"),
     "a manifest that lists itself": (
         evil_manifest(lambda listed, stored: listed.__setitem__("manifest.json", listed["README.md"])),
