@@ -68,6 +68,8 @@ bench: $(READY) $(BENCH_READY)  ## compare with llama.cpp, OpenVINO, transformer
 	$(BENCH_VENV)/bin/python benchmarks/peers/bench.py --precast-python $(BENCH_PRECAST)/bin/python $(BENCH_ARGS)
 	$(BENCH_VENV)/bin/python benchmarks/peers/prefixes.py --precast-python $(BENCH_PRECAST)/bin/python
 	$(BENCH_VENV)/bin/python benchmarks/peers/sizes.py --precast-python $(BENCH_PRECAST)/bin/python --shapes 1.2b 7b
+	-$(BENCH_VENV)/bin/python benchmarks/peers/llama_tools.py  # optional: frontier.py leaves out what needs the tools
+	$(BENCH_VENV)/bin/python benchmarks/peers/frontier.py --precast-python $(BENCH_PRECAST)/bin/python
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/src/*)
 	@echo "installing precast and its packages into $(VENV): 2 to 4 minutes, 1.2 GB"

@@ -20,14 +20,19 @@ from pathlib import Path
 OPENVINO_GROUP = 64
 
 
-def huggingface(folder: Path) -> None:
-    """Write the model in float32 for transformers."""
+def huggingface(folder: Path, spec: str | None = None) -> None:
+    """Write a model in float32 for transformers.
+
+    Args:
+        folder: the folder to make.
+        spec: the source, as `open_source` takes it; None for the demo model.
+    """
     import numpy as np
     from safetensors.numpy import save_file
 
     from precast.exporter.sources.open import open_source
 
-    source = open_source(None)
+    source = open_source(spec)
     folder.mkdir()
     tensors = {name: np.ascontiguousarray(t.read()) for name, t in source.tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -56,7 +61,7 @@ def demo_gguf(path: Path) -> None:
     shutil.copyfile(demo.fetch(demo.DEMO, cache_folder() / "demo"), path)
 
 
-def _gguf(source: str, file_type: str) -> Callable[[Path], None]:
+def gguf(source: str, file_type: str) -> Callable[[Path], None]:
     """Return a function that quantises a GGUF file to another type with llama.cpp's own quantiser."""
 
     def make(path: Path) -> None:
@@ -72,13 +77,13 @@ def _gguf(source: str, file_type: str) -> Callable[[Path], None]:
     return make
 
 
-def _openvino(*options: str) -> Callable[[Path], None]:
+def openvino(*options: str, source: str = "huggingface") -> Callable[[Path], None]:
     """Return a function that exports the model and its tokenizer for OpenVINO, with weights compressed by nncf."""
 
     def make(folder: Path) -> None:
         tool = Path(sys.executable).parent / "optimum-cli"
         task = ("--task", "text-generation-with-past", "--library", "transformers")
-        command = [tool, "export", "openvino", "--model", cache("huggingface"), *task, *options, folder]
+        command = [tool, "export", "openvino", "--model", cache(source), *task, *options, folder]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         subprocess.run(command, check=True, env=environment)
 
@@ -86,19 +91,20 @@ def _openvino(*options: str) -> Callable[[Path], None]:
 
 
 # For each file: the interpreter whose packages make it, the files that it is made from, and the function that makes it.
-MAKERS: Mapping[str, tuple[str, tuple[str, ...], Callable[[Path], None]]] = {
+Makers = Mapping[str, tuple[str, tuple[str, ...], Callable[[Path], None]]]
+MAKERS: Makers = {
     "huggingface": ("precast", (), huggingface),
     "q4_1.gguf": ("precast", (), demo_gguf),
-    "f32.gguf": ("peers", ("q4_1.gguf",), _gguf("q4_1.gguf", "ALL_F32")),
-    "f16.gguf": ("peers", ("f32.gguf",), _gguf("f32.gguf", "MOSTLY_F16")),
-    "q8_0.gguf": ("peers", ("f32.gguf",), _gguf("f32.gguf", "MOSTLY_Q8_0")),
-    "q4_0.gguf": ("peers", ("f32.gguf",), _gguf("f32.gguf", "MOSTLY_Q4_0")),
-    "openvino-fp16": ("peers", ("huggingface",), _openvino("--weight-format", "fp16")),
-    "openvino-int8": ("peers", ("huggingface",), _openvino("--weight-format", "int8")),
+    "f32.gguf": ("peers", ("q4_1.gguf",), gguf("q4_1.gguf", "ALL_F32")),
+    "f16.gguf": ("peers", ("f32.gguf",), gguf("f32.gguf", "MOSTLY_F16")),
+    "q8_0.gguf": ("peers", ("f32.gguf",), gguf("f32.gguf", "MOSTLY_Q8_0")),
+    "q4_0.gguf": ("peers", ("f32.gguf",), gguf("f32.gguf", "MOSTLY_Q4_0")),
+    "openvino-fp16": ("peers", ("huggingface",), openvino("--weight-format", "fp16")),
+    "openvino-int8": ("peers", ("huggingface",), openvino("--weight-format", "int8")),
     "openvino-int4": (
         "peers",
         ("huggingface",),
-        _openvino("--weight-format", "int4", "--group-size", str(OPENVINO_GROUP), "--ratio", "1.0"),
+        openvino("--weight-format", "int4", "--group-size", str(OPENVINO_GROUP), "--ratio", "1.0"),
     ),
 }
 
@@ -109,22 +115,26 @@ def cache(name: str) -> Path:
     return Path(os.environ.get("PRECAST_CACHE") or Path(home) / "precast").expanduser() / "bench" / name
 
 
-def obtain(name: str, interpreters: Mapping[str, str]) -> Path:
+def obtain(
+    name: str, interpreters: Mapping[str, str], makers: Makers = MAKERS, script: str = __file__
+) -> Path:
     """Make a derived file or folder if it is missing; return its path.
 
     Args:
-        name: a key of `MAKERS`.
+        name: a key of `makers`.
         interpreters: paths of the interpreters "peers" and "precast".
+        makers: the files that can be made.
+        script: the script whose `main` makes them.
     """
     path = cache(name)
     if path.exists():
         return path
-    whose, parts, _ = MAKERS[name]
+    whose, parts, _ = makers[name]
     for part in parts:
-        obtain(part, interpreters)
+        obtain(part, interpreters, makers, script)
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"making {path}", file=sys.stderr, flush=True)
-    subprocess.run([interpreters[whose], __file__, name, str(path)], check=True, stdout=sys.stderr)
+    subprocess.run([interpreters[whose], script, name, str(path)], check=True, stdout=sys.stderr)
     return path
 
 
@@ -141,11 +151,11 @@ def precast_artifact(weights: str, context: int, interpreters: Mapping[str, str]
     return path
 
 
-def main() -> None:
+def main(makers: Makers = MAKERS) -> None:
     name, target = sys.argv[1], Path(sys.argv[2])
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as temporary:
         made = Path(temporary) / target.name
-        MAKERS[name][2](made)
+        makers[name][2](made)
         os.replace(made, target)
 
 

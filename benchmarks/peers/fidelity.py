@@ -35,7 +35,7 @@ def measure(
             got = _logits(workers[name], ids, first, folder / "other.npy")
             kl[name].append(divergences(expected, got))
             same[name].append(expected.argmax(-1) == got.argmax(-1))
-    return {name: _summary(np.concatenate(kl[name]), np.concatenate(same[name])) for name in kl}
+    return {name: summary(np.concatenate(kl[name]), np.concatenate(same[name])) for name in kl}
 
 
 def _logits(worker: Worker, ids: Sequence[int], first: int, path: Path) -> np.ndarray:
@@ -43,7 +43,8 @@ def _logits(worker: Worker, ids: Sequence[int], first: int, path: Path) -> np.nd
     return np.load(path)
 
 
-def _summary(kl: np.ndarray, same: np.ndarray) -> dict:
+def summary(kl: np.ndarray, same: np.ndarray) -> dict:
+    """Return the figures of a contender, from the divergence of each prediction and from agreement on the top token."""
     return {
         "kl_mean": float(kl.mean()),
         "kl_p99": float(np.quantile(kl, 0.99)),

@@ -92,6 +92,9 @@ class LlamaCpp:
         for token in ids[first + 1 : -1]:
             yield self._decode([token])
 
+    def weight_bytes(self) -> int:
+        return lib.llama_model_size(self._model.model)
+
 
 def load(model: str, options: dict) -> LlamaCpp:
     return LlamaCpp(model, **options)

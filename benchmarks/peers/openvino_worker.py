@@ -14,9 +14,17 @@ class OpenVino:
     packages = ("openvino", "openvino-genai", "openvino-tokenizers", "optimum-intel", "nncf")
 
     def __init__(
-        self, model: str, *, backend: str = "PA", cache: str | None = None, prefixes: bool = False
+        self,
+        model: str,
+        *,
+        backend: str = "PA",
+        cache: str | None = None,
+        prefixes: bool = False,
+        pipeline: bool = True,
     ) -> None:
-        self._path = model
+        self._path, self._request = model, None
+        if not pipeline:  # for logits alone
+            return
         properties = {"INFERENCE_NUM_THREADS": THREADS, "ATTENTION_BACKEND": backend}
         if cache is not None:
             properties["KV_CACHE_PRECISION"] = cache
@@ -28,7 +36,6 @@ class OpenVino:
             scheduler.max_num_batched_tokens = CAPACITY
             properties["scheduler_config"] = scheduler
         self._pipeline = genai.LLMPipeline(model, "CPU", **properties)
-        self._request = None
 
     def _generate(self, ids: Sequence[int], tokens: int):
         config = genai.GenerationConfig()
@@ -81,6 +88,9 @@ class OpenVino:
             "beam_idx": np.zeros(1, np.int32),
         }
         return self._request.infer(inputs)["logits"][0, -1]
+
+    def weight_bytes(self) -> int:
+        return (Path(self._path) / "openvino_model.bin").stat().st_size
 
 
 def load(model: str, options: dict) -> OpenVino:

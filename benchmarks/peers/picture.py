@@ -13,7 +13,7 @@ PANELS = (
     ("prefill of 512 tokens, ms", report._prefill(512)),
     ("process start to first token, s", report.COLD),
 )
-_STYLE = {
+STYLE = {
     "svg.hashsalt": "precast",
     "svg.fonttype": "none",  # write text as text, not as outlines
     "font.size": 9,
@@ -35,7 +35,7 @@ def draw(result: Mapping, path: Path) -> None:
     panels = [p for p in PANELS if any(report.value(c, p[1]) is not None for c in rows)]
     if not panels:
         return
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         height = 0.7 + 0.26 * len(rows)
         figure, axes = plt.subplots(len(panels), 1, figsize=(8, height * len(panels)), squeeze=False)
         for axis, (title, figure_) in zip(axes[:, 0], panels, strict=True):

@@ -17,7 +17,7 @@ class Precast:
             from precast.loaders.load import load
 
             self._model = load(model)
-        self._row, self._prefixes = DecodeRow, prefixes
+        self._folder, self._row, self._prefixes = Path(model), DecodeRow, prefixes
         self._engine = self._model.engine
 
     def prefill(self, ids: Sequence[int]) -> int:
@@ -51,6 +51,13 @@ class Precast:
         from precast.loaders.audit.evaluate import ArtifactScorer
 
         return ArtifactScorer(model=self._model).logits(ids, first)
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of the weight file's tensors, except the RoPE tables, which no other engine stores."""
+        from precast.loaders.artifact.weights import map_weights
+
+        arrays = map_weights(self._folder / "weights.safetensors")
+        return sum(array.nbytes for name, array in arrays.items() if not name.startswith("rope."))
 
     def windows(self, tokens: int, window: int) -> list[list[int]]:
         from precast.loaders.audit import evaluate

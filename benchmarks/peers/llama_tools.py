@@ -1,0 +1,61 @@
+"""llama.cpp's tools llama-quantize and llama-imatrix, which its Python package lacks.
+
+    .venv-bench/bin/python benchmarks/peers/llama_tools.py     # builds them: about ten minutes on 2 cores
+
+They are built from the source package of the installed llama-cpp-python, so that the tools and the measured library are
+of one version, and put beside the interpreter. Without them, `frontier.py` leaves out the files that need them.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+NAMES = ("llama-quantize", "llama-imatrix")
+_BIN = Path(sys.executable).parent
+_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_BUILD_TOOLS=ON",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+)
+
+
+def find(name: str) -> str | None:
+    """Return the path of a tool, beside the interpreter or on the PATH; None if it is missing."""
+    return shutil.which(name, path=f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def missing() -> list[str]:
+    """Return the names of the tools that are missing."""
+    return [name for name in NAMES if find(name) is None]
+
+
+def build() -> None:
+    """Fetch the source of the installed version, build the tools, and copy them beside the interpreter."""
+    cmake = find("cmake") or "cmake"
+    package = f"llama-cpp-python=={version('llama-cpp-python')}"
+    with tempfile.TemporaryDirectory(prefix="llama-tools-") as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", folder]
+        subprocess.run([*pip, package], check=True)
+        archive = next(Path(folder).glob("*.tar.gz"))
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder, filter="data")
+        source = next(Path(folder).glob("*/vendor/llama.cpp"))
+        built = Path(folder) / "built"
+        subprocess.run([cmake, "-S", source, "-B", built, *_OPTIONS], check=True)
+        targets = ["--target", *NAMES, "--parallel", str(os.cpu_count())]
+        subprocess.run([cmake, "--build", built, *targets], check=True)
+        for name in NAMES:
+            shutil.copy2(built / "bin" / name, _BIN / name)
+
+
+if __name__ == "__main__":
+    build()
