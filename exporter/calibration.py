@@ -92,6 +92,7 @@ def open_model(plan: ExportPlan) -> LayerwiseReference:
         source=plan.source,
         tokenizer=read_tokenizer(plan.source),
         context=plan.geometry.context,
+        tensors=plan.weight_plan.tensors,
     )
 
 

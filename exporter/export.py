@@ -19,6 +19,7 @@ from .calibration import (
     read_calibration_text,
 )
 from .devices import on_cpu
+from .equalise import equalised
 from .manifest import make_manifest, write_manifest
 from .options import DEFAULT_OPTIONS, ExportOptions
 from .plan import ExportPlan, make_plan
@@ -69,6 +70,9 @@ def export(
         triangles: Mapping[str, np.ndarray] = {}
         calibrates = options.bits is not None or options.calibrate is not None
         text = read_calibration_text(options.calibrate) if calibrates else None
+        if text is not None:
+            log("equalising inputs")
+            plan = equalised(plan, text, progress)
         if options.bits is not None and text is not None:
             log("measuring sensitivity")
             plan, triangles = with_budget(plan, options.bits, text, progress)

@@ -66,7 +66,8 @@ class Point:
 # For each engine its worker, its interpreter and the options of its worker.
 _ENGINES: Mapping[str, tuple[str, str, Mapping[str, object]]] = {
     "precast": ("precast_worker", "precast", {}),
-    "llama.cpp": ("llama_cpp_worker", "peers", {}),
+    # Its threads wait for each other in loops, which takes minutes on a busy machine, and change no figure.
+    "llama.cpp": ("llama_cpp_worker", "peers", {"threads": 1}),
     "OpenVINO": ("openvino_worker", "peers", {"pipeline": False}),
     "transformers": ("transformers_worker", "peers", {}),
 }
@@ -145,16 +146,22 @@ class Reference:
     weights: int
 
 
-def refer(place: Place) -> Reference:
-    """Run the reference on all windows, and store its logits."""
-    worker, artifact = place.start(_REFERENCE)
-    windows = worker.ask(windows=[TOKENS, WINDOW]).values["windows"]
-    files = [place.folder / f"{place.model}-{place.variant}-{i}.npy" for i in range(len(windows))]
-    for ids, file in zip(windows, files, strict=True):
-        worker.ask(score=ids, first=_first(ids), out=str(file))
-    worker.close()
-    manifest = json.loads((artifact / "manifest.json").read_text())
-    return Reference(windows=windows, files=files, weights=manifest["model"]["parameters"])
+def refer(place: Place, *, again: bool) -> Reference:
+    """Return the reference's predictions, from `derive.cache` unless they are missing or `again` is True."""
+    folder = frontier_files.derive.cache(frontier_files.name_of(place.model, place.variant, "reference"))
+    index = folder / "index.json"
+    if again or not index.exists():
+        worker, artifact = place.start(_REFERENCE)
+        windows = worker.ask(windows=[TOKENS, WINDOW]).values["windows"]
+        folder.mkdir(exist_ok=True)
+        for i, ids in enumerate(windows):
+            worker.ask(score=ids, first=_first(ids), out=str(folder / f"{i}.npy"))
+        worker.close()
+        weights = json.loads((artifact / "manifest.json").read_text())["model"]["parameters"]
+        index.write_text(json.dumps({"windows": windows, "weights": weights}))
+    known = json.loads(index.read_text())
+    files = [folder / f"{i}.npy" for i in range(len(known["windows"]))]
+    return Reference(windows=known["windows"], files=files, weights=known["weights"])
 
 
 def _first(ids: Sequence[int]) -> int:
@@ -215,7 +222,7 @@ def run(place: Place, found: dict, save: Callable[[], None], *, again: bool) -> 
     ]
     if not wanted:
         return
-    reference = refer(place)
+    reference = refer(place, again=again)
     found["weights"] = reference.weights
     if again or "unchanged" not in found:
         found["unchanged"] = unchanged(place, reference)
@@ -224,8 +231,6 @@ def run(place: Place, found: dict, save: Callable[[], None], *, again: bool) -> 
         found["points"][point.name] = measure_point(place, point, reference)
         save()
         print(row(found["points"][point.name]), file=sys.stderr, flush=True)
-    for file in reference.files:
-        file.unlink()
 
 
 def row(point: Mapping) -> str:

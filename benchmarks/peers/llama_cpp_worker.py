@@ -23,15 +23,17 @@ class LlamaCpp:
 
     packages = ("llama-cpp-python", "numpy")
 
-    def __init__(self, model: str, *, flash_attention: bool = True, state: str | None = None) -> None:
+    def __init__(
+        self, model: str, *, flash_attention: bool = True, state: str | None = None, threads: int = THREADS
+    ) -> None:
         self._state = state
         lib.llama_log_set(_silent, ctypes.c_void_p(0))
         self._model = lib.Llama(
             model,
             n_ctx=CAPACITY,
             n_batch=CAPACITY,
-            n_threads=THREADS,
-            n_threads_batch=THREADS,
+            n_threads=threads,
+            n_threads_batch=threads,
             flash_attn=flash_attention,
             verbose=False,
         )

@@ -68,15 +68,15 @@ def transpose(tensor: SourceTensor) -> SourceTensor:
     )
 
 
-def scale(tensor: SourceTensor, factor: float) -> SourceTensor:
-    """Multiply the values by a factor in float32.
+def scale(tensor: SourceTensor, factor: float | np.ndarray) -> SourceTensor:
+    """Multiply the values by a factor in float32, or by an array that broadcasts to the tensor's shape.
 
     The result's `blocks` is None, because quantised blocks could not represent the products exactly.
     """
     return replace(
         tensor,
         dtype=f"{tensor.dtype}, scaled",
-        read=lambda: tensor.read() * np.float32(factor),
+        read=lambda: tensor.read() * np.asarray(factor, np.float32),
         block_format=None,
         blocks=None,
     )

@@ -31,6 +31,7 @@ class LayerwiseReference:
         source: the source of the model's tensors.
         tokenizer: the model's tokenizer.
         context: context of the artifact to compare with, which is also the maximum length of a window.
+        tensors: the source's tensors, adapted to the model; None to adapt them here.
 
     Raises:
         PrecastError: the tensors do not fit the model.
@@ -44,12 +45,14 @@ class LayerwiseReference:
         source: Source,
         tokenizer: Tokenizer,
         context: int,
+        tensors: Mapping[str, SourceTensor] | None = None,
     ) -> None:
         self.name, self.tokenizer, self.context, self.vocab = name, tokenizer, context, spec.config.vocab
         c = spec.config
         parameters = abstract_model(spec).parameters
-        plan = plan_weights(spec.adapt(source), parameters, tied=c.tied_embeddings)
-        self._tensors: Mapping[str, SourceTensor] = plan.tensors
+        if tensors is None:
+            tensors = plan_weights(spec.adapt(source), parameters, tied=c.tied_embeddings).tensors
+        self._tensors = tensors
         self._spec, self._parameters = spec, parameters
         self._one = replace(spec, config=replace(c, layers=1, windows=(), ropes=()))
         self.bind = abstract_model(self._one).bind

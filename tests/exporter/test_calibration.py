@@ -140,7 +140,7 @@ def test_a_calibrated_artifact_is_closer_to_the_model(export_tiny, text: Path) -
         for weights, given in (("float32", None), ("int4", None), ("int4", text), ("int4", text))
     ]
     exact, plain, calibrated = (logits(load(root), WORDS * 2) for root in roots[:3])
-    assert np.square(calibrated - exact).mean() < 0.6 * np.square(plain - exact).mean()
+    assert np.square(calibrated - exact).mean() < 0.7 * np.square(plain - exact).mean()
     first, second = (hashlib.sha256((r / "weights.safetensors").read_bytes()).hexdigest() for r in roots[2:])
     assert first == second
 
