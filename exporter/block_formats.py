@@ -1,29 +1,42 @@
 """Block formats: GGUF's quantised types, in panels of 16 outputs that the kernels read from front to back.
 
 A block format stores a matrix ``[out, in]`` as small integers, the codes, with coefficients for each group of 32
-inputs of an output. A weight is scale · (code − zero), or scale · code + minimum in formats with minima. The formats
-differ in the bits of a code and in how the coefficients are stored (`Scales`).
+inputs of an output. A weight is scale · (code − zero), or scale · code + minimum in formats with minima. In formats
+with a codebook, a weight is scale · codebook[code]. In e4m3, the codes are numbers in float8_e4m3fn, and a weight is
+scale · number. The formats differ in the bits of a code, in the codebook, and in how the coefficients are stored
+(`Scales`).
 
-Each panel is one record of bytes. With G groups (the inputs, rounded up to whole groups), the record holds, in order:
+Each panel is one record of bytes. A record has G groups (the inputs, rounded up to whole groups) and S super-groups of
+up to 8 groups. It consists of these parts, in this order:
 
-- the coefficients. For `Scales.HALF`, the scales, float16 ``[G, 16]``. For `Scales.HALF_AND_MINIMUM`, scales and
-  minima, float16 ``[G, 2, 16]``. The other two share float16 coefficients among up to 8 groups, a super-group, of
-  which there are S. For `Scales.SUPER`, float16 ``[S, 2, 16]``, then a 6-bit scale and a 6-bit minimum for each group,
-  12 bits in all: the codes of four groups are three uint16, ``[⌈G/4⌉, 3, 16]``, where the low 12 bits of the three
-  words hold the codes of the first three groups, and the high 4 bits hold that of the fourth, its lowest bits first;
-  in a code, the scale takes the low 6 bits. For `Scales.SUPER_OF_16`, float16 ``[S, 16]``, then an int8 scale for each
-  half of a group, ``[G, 2, 16]``;
-- the low 4 bits of the codes, uint8 ``[4 G, 16, 4]``: of eight consecutive inputs, the low nibbles hold the first four
-  and the high nibbles the last four. 8-bit codes are int8 ``[16 G, 16, 2]`` instead;
-- the fifth bits, uint8 ``[G, 16, 4]``: bit q at index j of the last axis belongs to input 4 q + j of the group;
-  or the fifth and sixth bits, uint8 ``[2 G, 16, 4]``, where each half of a group has four pairs of bits likewise;
+- the coefficients;
+- the low 4 bits of the codes, uint8 ``[4 G, 16, 4]``: of eight consecutive inputs, the low nibbles store the first four
+  and the high nibbles the last four. 8-bit codes are int8 ``[16 G, 16, 2]`` instead, and those of e4m3 ``[32 G, 16]``;
+- for 5-bit codes, the fifth bits, uint8 ``[G, 16, 4]``: bit q at index j of the last axis belongs to input 4 q + j of
+  the group. For 6-bit codes, the fifth and sixth bits, uint8 ``[2 G, 16, 4]``: bits 2 q and 2 q + 1 at index j of the
+  last axis belong to input 4 q + j of the half of a group;
 - zeros up to a multiple of 64 bytes.
+
+The coefficients are:
+
+- `Scales.HALF`: scales, float16 ``[G, 16]``.
+- `Scales.HALF_AND_MINIMUM`: scales and minima, float16 ``[G, 2, 16]``.
+- `Scales.SUPER`: factors of the scales and of the minima, float16 ``[S, 2, 16]``. Then a 12-bit number for each group:
+  the low 6 bits are the group's scale, and the high 6 bits its minimum. The factors multiply them.
+- `Scales.SUPER_OF_16`: factors, float16 ``[S, 16]``. Then an int8 scale for each half of a group, ``[G, 2, 16]``.
+- `Scales.SUPER_SIGNED`: factors, float16 ``[S, 16]``. Then four 12-bit numbers for each super-group. Each number stores
+  the signed 6-bit scales of two groups, that of the first group in the low bits.
+- `Scales.EXPONENT`: exponents, uint8 ``[G, 16]``. The scale is 2 to the power of the exponent minus 128.
+- `Scales.FLOAT`: scales, float32 ``[⌈G/4⌉, 16]``. Each belongs to four groups.
+
+Four 12-bit numbers are packed into three uint16, ``[⌈n/4⌉, 3, 16]`` for n numbers. The low 12 bits of the three words
+are the first three numbers. The high 4 bits of the words are the fourth number, its lowest bits first.
 
 Outputs are padded to whole panels and inputs to whole groups; all bytes of the padding are zero. A padded weight of a
 partly filled group need not dequantise to zero, so the activations that multiply it must be zero.
 
-Source of the formats: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. Unlike there, the number of
-inputs need not be a multiple of 32 or 256.
+Source of the formats except e4m3: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. Unlike there, the
+number of inputs need not be a multiple of 32 or 256.
 """
 
 import os
@@ -36,8 +49,10 @@ from typing import Any
 import numpy as np
 
 GROUP, PANEL = 32, 16
-# Groups that share the float16 coefficients of a super-group, and groups whose 6-bit codes are packed together.
+# Groups of a super-group, and 12-bit numbers that are packed together, or groups that share a float32 scale.
 SUPER, _PACKED = 8, 4
+# Inputs that share a float32 scale.
+FLOAT_GROUP = _PACKED * GROUP
 # Entries of a stack, and records of a matrix, begin at multiples of this many bytes.
 UNIT = 64
 
@@ -54,6 +69,9 @@ class Scales(Enum):
     HALF_AND_MINIMUM = "half and minimum"
     SUPER = "super"
     SUPER_OF_16 = "super of 16"
+    SUPER_SIGNED = "super signed"
+    EXPONENT = "exponent"
+    FLOAT = "float"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +83,8 @@ class BlockFormat:
         code: the format's own number in artifacts and in the kernels; it never changes.
         bits: number of bits in a weight's code.
         scales: the way in which the coefficients are stored.
-        zero: the weight's code that represents 0; 0 in formats with minima.
+        zero: the weight's code that represents 0; 0 in formats with minima or a codebook.
+        codebook: the integer that each code represents; None if a code represents itself, minus `zero`.
     """
 
     name: str
@@ -73,6 +92,12 @@ class BlockFormat:
     bits: int
     scales: Scales
     zero: int = 0
+    codebook: tuple[int, ...] | None = None
+
+    @property
+    def has_float_codes(self) -> bool:
+        """Return True if the codes are floating-point numbers."""
+        return self.scales is Scales.FLOAT
 
     @property
     def runs(self) -> int:
@@ -83,8 +108,9 @@ class BlockFormat:
         """Return the count and the dtype of each kind of coefficient of one output, in the order of `pack`'s arguments.
 
         `Scales.HALF`: the scales. `Scales.HALF_AND_MINIMUM`: scales, minima. `Scales.SUPER`: the factors of scales and
-        of minima of the super-groups, then the 6-bit scales and minima of the groups. `Scales.SUPER_OF_16`: the factors
-        of the super-groups, then the 8-bit scales.
+        of minima of the super-groups, then the 6-bit scales and minima of the groups. `Scales.SUPER_OF_16` and
+        `Scales.SUPER_SIGNED`: the factors of the super-groups, then the signed scales. `Scales.EXPONENT`: the
+        exponents. `Scales.FLOAT`: the scales.
         """
         groups = -(-inputs // GROUP)
         supers = -(-groups // SUPER)
@@ -98,6 +124,12 @@ class BlockFormat:
                 return (supers, half), (supers, half), (groups, byte), (groups, byte)
             case Scales.SUPER_OF_16:
                 return (supers, half), (2 * groups, np.dtype(np.int8))
+            case Scales.SUPER_SIGNED:
+                return (supers, half), (groups, np.dtype(np.int8))
+            case Scales.EXPONENT:
+                return ((groups, byte),)
+            case Scales.FLOAT:
+                return ((-(-groups // _PACKED), np.dtype(np.float32)),)
 
     def record_bytes(self, inputs: int) -> int:
         """Return the size in bytes of the record of a panel with this many inputs."""
@@ -115,6 +147,9 @@ class BlockFormat:
             Scales.HALF_AND_MINIMUM: 4 * PANEL * groups,
             Scales.SUPER: 4 * PANEL * supers + 6 * PANEL * -(-groups // _PACKED),
             Scales.SUPER_OF_16: 2 * PANEL * supers + 2 * PANEL * groups,
+            Scales.SUPER_SIGNED: 2 * PANEL * supers + 6 * PANEL * supers,
+            Scales.EXPONENT: PANEL * groups,
+            Scales.FLOAT: 4 * PANEL * -(-groups // _PACKED),
         }[self.scales]
         weights = GROUP * PANEL * groups
         if self.bits == 8:
@@ -142,7 +177,9 @@ class BlockFormat:
             panels = records[rows.start // PANEL : -(-rows.stop // PANEL)]
             own = _in_panels(codes[rows], GROUP * groups)
             panels[:, :first] = self._packed_coefficients([_in_panels(c[rows]) for c in coefficients])
-            panels[:, first : first + low] = _packed_low(own, self.bits)
+            panels[:, first : first + low] = (
+                _bytes(own) if self.has_float_codes else _packed_low(own, self.bits)
+            )
             if high:
                 panels[:, first + low : first + low + high] = _packed_high(own, self.bits)
 
@@ -156,44 +193,49 @@ class BlockFormat:
                 return _bytes(np.stack(parts, axis=2))
             case Scales.SUPER:
                 scale, minimum, *codes = parts
-                both = codes[0].astype(np.uint16) | codes[1].astype(np.uint16) << 6
-                both = np.pad(both, ((0, 0), (0, -both.shape[1] % _PACKED), (0, 0)))
-                fours = both.reshape(len(both), -1, _PACKED, PANEL)
-                shifts = np.array([0, 4, 8], np.uint16)[:, None]
-                words = fours[:, :, :3] | (fours[:, :, 3:] >> shifts) << 12
-                return np.concatenate([_bytes(np.stack([scale, minimum], axis=2)), _bytes(words)], axis=1)
-            case Scales.SUPER_OF_16:
+                words = _packed_words(codes[0], codes[1])
+                return np.concatenate([_bytes(np.stack([scale, minimum], axis=2)), words], axis=1)
+            case Scales.SUPER_SIGNED:
+                factor, scale = parts
+                scale = np.pad(scale.view(np.uint8) & 63, ((0, 0), (0, -scale.shape[1] % SUPER), (0, 0)))
+                return np.concatenate([_bytes(factor), _packed_words(scale[:, ::2], scale[:, 1::2])], axis=1)
+            case Scales.SUPER_OF_16 | Scales.EXPONENT | Scales.FLOAT:
                 return np.concatenate([_bytes(part) for part in parts], axis=1)
 
     # --- unpacking ---------------------------------------------------------------------------------------------
 
     def unpack(self, records: Any, inputs: int) -> tuple[Any, Any, Any]:
-        """Return the codes, the scales and the minima in records, which may be arrays of NumPy or JAX.
+        """Return the numbers, the scales and the minima in records, which may be arrays of NumPy or JAX.
 
         Args:
             records: uint8 ``[P, record_bytes]``.
             inputs: number of inputs.
 
         Returns:
-            The codes ``[P, 16, 32 G]`` as float32, with `zero` subtracted; the scales, float32 ``[P, 16, n]`` with one
-            or two in a group; and the minima in the same shape, or None for a format without minima.
+            The numbers that the codes represent, float32 ``[P, 16, 32 G]``; the scales, float32 ``[P, 16, n]``, of
+            which a group has one or two; and the minima in the same shape, or None for a format without minima.
         """
         groups = -(-inputs // GROUP)
         first, low, high = self._sections(groups)
         head, rest = records[:, :first], records[:, first:]
+        if self.has_float_codes:
+            codes = rest[:, :low].view(np.int8).reshape(len(records), -1, PANEL).swapaxes(1, 2)
+            return _e4m3(codes), *self._unpacked_coefficients(head, groups)
         codes = _unpacked_low(rest[:, :low], self.bits)
         if high:
             codes = codes | _unpacked_high(rest[:, low : low + high], self.bits) << 4
         scale, minimum = self._unpacked_coefficients(head, groups)
-        return codes.astype(np.float32) - np.float32(self.zero), scale, minimum
+        if self.codebook is None:
+            return codes.astype(np.float32) - np.float32(self.zero), scale, minimum
+        return codes.__array_namespace__().asarray(self.codebook, dtype=np.float32)[codes], scale, minimum
 
     def dequantise(self, records: Any, inputs: int) -> Any:
         """Dequantise records ``[P, record_bytes]`` of NumPy or JAX into float32 ``[P, 16, 32 G]``."""
-        codes, scale, minimum = self.unpack(records, inputs)
-        groups = codes.reshape(*scale.shape, -1) * scale[..., None]
+        numbers, scale, minimum = self.unpack(records, inputs)
+        groups = numbers.reshape(*scale.shape, -1) * scale[..., None]
         if minimum is not None:
             groups = groups + minimum[..., None]
-        return groups.reshape(codes.shape)
+        return groups.reshape(numbers.shape)
 
     def decode(self, records: np.ndarray, outs: int, inputs: int) -> np.ndarray:
         """Dequantise the records of a matrix into float32 ``[outs, inputs]``."""
@@ -214,14 +256,26 @@ class BlockFormat:
                 factors = [
                     spread(_floats(both[:, :, i], (count, supers, PANEL)), SUPER, groups) for i in range(2)
                 ]
-                words = head[:, size:].reshape(count, -1, 3, PANEL, 2).view(np.uint16)[..., 0]
-                scale, minimum = _unpacked_words(words, groups)
-                return factors[0] * scale, -(factors[1] * minimum)
+                scale, minimum = _unpacked_words(head[:, size:], groups)
+                return factors[0] * scale.astype(np.float32), -(factors[1] * minimum.astype(np.float32))
             case Scales.SUPER_OF_16:
                 size = 2 * PANEL * supers
                 factor = spread(_floats(head[:, :size], (count, supers, PANEL)), 2 * SUPER, 2 * groups)
                 own = head[:, size:].reshape(count, 2 * groups, PANEL).view(np.int8)
                 return factor * own.swapaxes(1, 2).astype(np.float32), None
+            case Scales.SUPER_SIGNED:
+                size = 2 * PANEL * supers
+                factor = spread(_floats(head[:, :size], (count, supers, PANEL)), SUPER, groups)
+                pairs = _unpacked_words(head[:, size:], supers * _PACKED)
+                both = (
+                    head.__array_namespace__().stack(pairs, axis=-1).reshape(count, PANEL, -1)[..., :groups]
+                )
+                return factor * ((both ^ 32).astype(np.float32) - np.float32(32)), None
+            case Scales.EXPONENT:
+                return _powers(head.reshape(count, groups, PANEL).swapaxes(1, 2)), None
+            case Scales.FLOAT:
+                scale = head.reshape(count, -1, PANEL, 4).view(np.float32)[..., 0].swapaxes(1, 2)
+                return spread(scale, _PACKED, groups), None
 
 
 def for_row_blocks(rows: int, columns: int, work: Callable[[slice], None]) -> None:
@@ -292,17 +346,47 @@ def spread(factors: Any, times: int, count: int) -> Any:
     return factors.repeat(times, axis=-1)[..., :count]
 
 
-def _unpacked_words(words: Any, groups: int) -> tuple[Any, Any]:
-    """Unpack words ``[P, ⌈G/4⌉, 3, 16]`` into 6-bit scales and minima, each ``[P, 16, G]`` float32."""
+def _packed_words(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Pack 6-bit numbers ``[P, n, 16]``, two to a 12-bit number, into bytes ``[P, m]``."""
+    both = low.astype(np.uint16) | high.astype(np.uint16) << 6
+    both = np.pad(both, ((0, 0), (0, -both.shape[1] % _PACKED), (0, 0)))
+    fours = both.reshape(len(both), -1, _PACKED, PANEL)
+    shifts = np.array([0, 4, 8], np.uint16)[:, None]
+    return _bytes(fours[:, :, :3] | (fours[:, :, 3:] >> shifts) << 12)
+
+
+def _unpacked_words(stored: Any, count: int) -> tuple[Any, Any]:
+    """Return the low and the high 6 bits, uint16 ``[P, 16, n]``, of the first n 12-bit numbers in bytes ``[P, m]``."""
+    words = stored.reshape(len(stored), -1, 3, PANEL, 2).view(np.uint16)[..., 0]
     top = words >> 12
     fourth = top[:, :, :1] | top[:, :, 1:2] << 4 | top[:, :, 2:] << 8
     xp = words.__array_namespace__()
-    both = xp.concatenate([words & 0xFFF, fourth], axis=2)  # [P, ⌈G/4⌉, 4, 16]
-    both = both.reshape(len(words), -1, PANEL).swapaxes(1, 2)[..., :groups]
-    return (both & 63).astype(np.float32), (both >> 6).astype(np.float32)
+    both = xp.concatenate([words & 0xFFF, fourth], axis=2)  # [P, ⌈n/4⌉, 4, 16]
+    both = both.reshape(len(words), -1, PANEL).swapaxes(1, 2)[..., :count]
+    return both & 63, both >> 6
+
+
+def _e4m3(codes: Any) -> Any:
+    """Return the numbers in float8_e4m3fn, int8, as float32. A NaN becomes ±480.
+
+    The bits of such a number, moved into float16, represent the number divided by 256, also if it is subnormal.
+    """
+    halves = (codes.astype(np.int16) << 7 & np.int16(-0x4080)).view(np.float16)
+    return halves.astype(np.float32) * np.float32(256)
+
+
+def _powers(exponents: Any) -> Any:
+    """Return 2 to the power of each exponent, a uint8, minus 128. The bits of the two smallest powers are subnormal."""
+    xp = exponents.__array_namespace__()
+    wide = exponents.astype(np.uint32)
+    return xp.where(wide < 2, 0x200000 << wide, (wide - 1) << 23).astype(np.uint32).view(np.float32)
 
 
 # --- the formats ------------------------------------------------------------------------------------------------
+
+# The integers of IQ4_NL and IQ4_XS are denser around zero. Those of MXFP4 are e2m1 numbers, doubled; code 8 is −0.
+_NON_LINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 BLOCK_FORMATS: Mapping[str, BlockFormat] = {
     f.name: f
@@ -315,5 +399,9 @@ BLOCK_FORMATS: Mapping[str, BlockFormat] = {
         BlockFormat(name="q4_k", code=6, bits=4, scales=Scales.SUPER),
         BlockFormat(name="q5_k", code=7, bits=5, scales=Scales.SUPER),
         BlockFormat(name="q6_k", code=8, bits=6, scales=Scales.SUPER_OF_16, zero=32),
+        BlockFormat(name="iq4_nl", code=9, bits=4, scales=Scales.HALF, codebook=_NON_LINEAR),
+        BlockFormat(name="iq4_xs", code=10, bits=4, scales=Scales.SUPER_SIGNED, codebook=_NON_LINEAR),
+        BlockFormat(name="mxfp4", code=11, bits=4, scales=Scales.EXPONENT, codebook=_E2M1),
+        BlockFormat(name="e4m3", code=12, bits=8, scales=Scales.FLOAT),
     )
 }

@@ -2,31 +2,35 @@
 
 In a format with super-groups, each scale is the product of a code, which is a small integer, and a factor that all
 groups of the super-group share. Minima have codes and a factor too. The search first finds the best scale and minimum
-of each group alone, and rounds them to codes. It then repeats two steps: for the current factors, replace codes by
-neighbours with a smaller error; for the current codes, compute the factors by least squares.
+of each group alone, and rounds them to codes. Then it repeats two steps. The first step keeps the factors and replaces
+codes by neighbours that have a smaller error. The second step keeps the codes and fits the factors by least squares.
 """
 
 from functools import partial
 from itertools import product
 
+import ml_dtypes
 import numpy as np
 
 from . import scales
-from .block_formats import GROUP, SUPER, BlockFormat, Scales, for_row_blocks, spread
+from .block_formats import FLOAT_GROUP, GROUP, SUPER, BlockFormat, Scales, for_row_blocks, spread
 from .quantize import check_range
-from .scales import HALF_MAX, INT8_MAX, inverse, near_half
+from .scales import HALF_MAX, INT8_MAX, LARGEST_POWER, Grid, inverse, near_half
 
 # The largest code of a scale or a minimum in the formats with super-groups.
-_LARGEST_CODES = {Scales.SUPER: 63, Scales.SUPER_OF_16: 127}
-# Number of times that the search improves the codes and then the factors.
+_LARGEST_CODES = {Scales.SUPER: 63, Scales.SUPER_OF_16: 127, Scales.SUPER_SIGNED: 31}
+_SIGNED = (Scales.SUPER_OF_16, Scales.SUPER_SIGNED)
+# The exponent of EXPONENT scales that represents 1.
+_EXPONENT_ZERO = 128
+# Number of times that the search repeats both steps.
 _REFITS = 2
 
-# The coefficients of a matrix, as `BlockFormat.pack` takes them.
+# The coefficients of a matrix, in the form that `BlockFormat.pack` requires.
 Coefficients = tuple[np.ndarray, ...]
 
 
 def encode(block_format: BlockFormat, matrix: np.ndarray, name: str = "a matrix") -> np.ndarray:
-    """Quantise a matrix so that the sum of the squared errors of its weights is small.
+    """Quantise a matrix, with a small sum of the squared errors of its weights.
 
     Args:
         block_format: the format.
@@ -47,13 +51,15 @@ def encode(block_format: BlockFormat, matrix: np.ndarray, name: str = "a matrix"
 def quantise(
     block_format: BlockFormat, matrix: np.ndarray, importance: np.ndarray | None = None
 ) -> tuple[np.ndarray, ...]:
-    """Quantise a matrix; return its codes ``[out, in]`` and its coefficients, as `BlockFormat.pack` takes them.
+    """Quantise a matrix. Return its codes ``[out, in]`` and coefficients, in the form that `BlockFormat.pack` requires.
 
     Args:
         block_format: the format.
         matrix: float32 ``[out, in]``.
         importance: the weight of the squared errors of each input ``[in]``; None for equal weights.
     """
+    if block_format.has_float_codes:
+        return _quantise_to_e4m3(matrix)
     outs, inputs = matrix.shape
     codes = np.empty(matrix.shape, code_type(block_format))
     coefficients = tuple(np.empty((outs, n), dtype) for n, dtype in block_format.coefficient_shapes(inputs))
@@ -69,30 +75,44 @@ def quantise(
     return codes, *coefficients
 
 
+def _quantise_to_e4m3(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the codes and the scales, with which the largest weight of a group becomes the largest number."""
+    outs, inputs = matrix.shape
+    size = -(-inputs // FLOAT_GROUP) * FLOAT_GROUP
+    groups = np.pad(matrix, ((0, 0), (0, size - inputs))).reshape(outs, -1, FLOAT_GROUP)
+    most = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
+    scale = np.abs(groups).max(axis=2) / np.float32(most)
+    numbers = np.clip(groups * inverse(scale)[..., None], -most, most).astype(ml_dtypes.float8_e4m3fn)
+    return np.ascontiguousarray(numbers.reshape(outs, size)[:, :inputs]).view(np.int8), scale
+
+
 def fit(
     block_format: BlockFormat,
     block: np.ndarray,
     importance: np.ndarray | None = None,
     factors: Coefficients | None = None,
 ) -> Coefficients:
-    """Return coefficients that make the squared error of some rows of a matrix small.
+    """Return coefficients for some rows of a matrix, with a small squared error.
 
     Args:
         block_format: the format.
         block: the rows, float32 ``[rows, in]``.
         importance: the weight of the squared errors of each input ``[in]``; None for equal weights.
-        factors: the result of `fit_factors`, which the coefficients then contain; None to search for factors too.
+        factors: the result of `fit_factors`, to be used unchanged; None to search for factors too.
     """
     x, weight = _columns(block_format, block, importance)
     shape = (len(block), -1)
-    lowest, highest = bounds(block_format)
+    numbers = grid(block_format)
     match block_format.scales:
+        case Scales.EXPONENT:
+            _, exponents = scales.quantise_with_exponents(x, numbers, weight)
+            return ((exponents + _EXPONENT_ZERO).astype(np.uint8).reshape(shape),)
         case Scales.HALF if importance is None:
-            symmetric = partial(scales.quantise_symmetric, zero=-lowest)
-            quantise_groups = scales.quantise_int8 if highest == INT8_MAX else symmetric
+            without = partial(scales.quantise_without_minimum, grid=numbers)
+            quantise_groups = scales.quantise_int8 if block_format.bits == 8 else without
             return (quantise_groups(x)[1].reshape(shape),)
         case Scales.HALF_AND_MINIMUM if importance is None:
-            return tuple(c.reshape(shape) for c in scales.quantise_with_minimum(x, highest)[1:])
+            return tuple(c.reshape(shape) for c in scales.quantise_with_minimum(x, numbers.highest)[1:])
         case Scales.HALF | Scales.HALF_AND_MINIMUM:
             found = _fit_groups(block_format, x, weight)
             return tuple(near_half(c).reshape(shape) for c in found if c is not None)
@@ -101,7 +121,7 @@ def fit(
 
 def fit_factors(block_format: BlockFormat, block: np.ndarray, importance: np.ndarray) -> Coefficients:
     """Return the factors of the super-groups, which are the first coefficients; empty for formats without them."""
-    count = {Scales.SUPER: 2, Scales.SUPER_OF_16: 1}.get(block_format.scales, 0)
+    count = {Scales.SUPER: 2, Scales.SUPER_OF_16: 1, Scales.SUPER_SIGNED: 1}.get(block_format.scales, 0)
     return fit(block_format, block, importance)[:count] if count else ()
 
 
@@ -118,8 +138,12 @@ def effective(block_format: BlockFormat, coefficients: Coefficients) -> tuple[np
             return _spread(block_format, factor, scale.shape) * scale, -(
                 _spread(block_format, low_factor, scale.shape) * minimum
             )
-        case Scales.SUPER_OF_16:
+        case Scales.SUPER_OF_16 | Scales.SUPER_SIGNED:
             return _spread(block_format, floats[0], floats[1].shape) * floats[1], None
+        case Scales.EXPONENT:
+            return np.ldexp(np.float32(1), coefficients[0].astype(np.int32) - _EXPONENT_ZERO), None
+        case Scales.FLOAT:
+            raise ValueError("e4m3 has no integers to round to")
 
 
 def round_weights(
@@ -128,21 +152,33 @@ def round_weights(
     """Round the weights of a block of rows to codes ``[rows, in]``, with the scales and minima of `effective`."""
     x, _ = _columns(block_format, block, None)
     low = None if minimum is None else minimum.reshape(-1)
-    codes, _ = scales.round_to(x, *bounds(block_format), scale.reshape(-1), low)
-    matrix = codes.T.reshape(len(block), -1)[:, : block.shape[1]] + block_format.zero
-    return matrix.astype(code_type(block_format))
+    integers, _ = scales.round_to(x, grid(block_format), scale.reshape(-1), low)
+    return codes_of(block_format, integers.T.reshape(len(block), -1)[:, : block.shape[1]])
+
+
+def codes_of(block_format: BlockFormat, integers: np.ndarray) -> np.ndarray:
+    """Return the codes that represent these integers, in the type that `BlockFormat.pack` requires."""
+    if block_format.codebook is None:
+        return (integers + block_format.zero).astype(code_type(block_format))
+    least = min(block_format.codebook)
+    codes = np.zeros(max(block_format.codebook) - least + 1, code_type(block_format))
+    for code, integer in reversed(list(enumerate(block_format.codebook))):  # the first code of equal integers
+        codes[integer - least] = code
+    return codes[(integers - np.float32(least)).astype(np.intp)]
 
 
 def code_type(block_format: BlockFormat) -> np.dtype:
-    """Return the type of the codes that `BlockFormat.pack` takes."""
+    """Return the type of codes that `BlockFormat.pack` requires."""
     return np.dtype(np.int8 if block_format.bits == 8 else np.uint8)
 
 
-def bounds(block_format: BlockFormat) -> tuple[int, int]:
-    """Return the smallest and the largest code of a weight, both minus `BlockFormat.zero`."""
+def grid(block_format: BlockFormat) -> Grid:
+    """Return the integers that the codes of a format represent."""
+    if block_format.codebook is not None:
+        return Grid(min(block_format.codebook), max(block_format.codebook), block_format.codebook)
     if block_format.bits == 8:
-        return -INT8_MAX, INT8_MAX
-    return -block_format.zero, (1 << block_format.bits) - 1 - block_format.zero
+        return Grid(-INT8_MAX, INT8_MAX)
+    return Grid(-block_format.zero, (1 << block_format.bits) - 1 - block_format.zero)
 
 
 def check_largest(block_format: BlockFormat, matrix: np.ndarray, name: str) -> None:
@@ -152,8 +188,13 @@ def check_largest(block_format: BlockFormat, matrix: np.ndarray, name: str) -> N
         PrecastError: the format cannot represent one of the values.
     """
     largest_code = _LARGEST_CODES.get(block_format.scales, 1)
-    lowest, _ = bounds(block_format)
-    largest = HALF_MAX * largest_code * max(-lowest, 1)
+    match block_format.scales:
+        case Scales.FLOAT:
+            largest = float(np.finfo(np.float32).max)
+        case Scales.EXPONENT:
+            largest = LARGEST_POWER * -grid(block_format).lowest
+        case _:
+            largest = HALF_MAX * largest_code * max(-grid(block_format).lowest, 1)
     check_range(matrix, name, block_format.name, largest)
 
 
@@ -178,12 +219,12 @@ def _fit_groups(
     block_format: BlockFormat, x: np.ndarray, weight: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the scale and the minimum of each column, float32."""
-    lowest, highest = bounds(block_format)
+    numbers = grid(block_format)
     if block_format.scales in (Scales.SUPER, Scales.HALF_AND_MINIMUM):
-        return scales.fit_with_minimum(x, highest, weight)
+        return scales.fit_with_minimum(x, numbers.highest, weight)
     if block_format.bits == 8:
         return scales.fit_int8(x, weight), None
-    return scales.fit_symmetric(x, -lowest, weight), None
+    return scales.fit_symmetric(x, numbers, weight), None
 
 
 # --- super-groups -----------------------------------------------------------------------------------------------
@@ -197,8 +238,8 @@ def _fit_super(
     wanted = [scale.reshape(rows, -1)]
     if minimum is not None:
         # The format has no positive minimum. The range of a group of positive weights therefore begins at 0.
-        _, highest = bounds(block_format)
-        wanted = [np.where(minimum > 0, x.max(0) / np.float32(highest), scale).reshape(rows, -1)]
+        highest = np.float32(grid(block_format).highest)
+        wanted = [np.where(minimum > 0, x.max(0) / highest, scale).reshape(rows, -1)]
         wanted.append(np.maximum(-minimum, 0).reshape(rows, -1))
     factors = [_factors(block_format, part) for part in wanted] if given is None else list(given)
     codes = [_codes(block_format, part, factor) for part, factor in zip(wanted, factors, strict=True)]
@@ -206,7 +247,7 @@ def _fit_super(
         codes, q = best_codes(block_format, x, weight, factors, codes)
         factors = _refit(block_format, x, weight, factors, codes, q)
     codes, _ = best_codes(block_format, x, weight, factors, codes)
-    dtype = np.int8 if block_format.scales is Scales.SUPER_OF_16 else np.uint8
+    dtype = np.int8 if block_format.scales in _SIGNED else np.uint8
     return *factors, *(c.astype(dtype) for c in codes)
 
 
@@ -239,9 +280,9 @@ def best_codes(
         codes: float32 ``[rows, n]``.
 
     Returns:
-        The codes of scales and minima, and the codes of the weights ``[n, G]``, minus `BlockFormat.zero`.
+        The codes of scales and minima, and the integers that the codes of the weights represent, ``[n, G]``.
     """
-    lowest, highest = bounds(block_format)
+    numbers = grid(block_format)
     shape = codes[0].shape
     spread = [_spread(block_format, f.astype(np.float32), shape) for f in factors]
     best, values, least = codes, np.empty_like(x), np.full(x.shape[1], np.inf, np.float32)
@@ -249,7 +290,7 @@ def best_codes(
         tried = [_clipped(block_format, c + np.float32(s)) for c, s in zip(codes, steps, strict=True)]
         scale, *low = (f * c for f, c in zip(spread, tried, strict=True))
         minimum = -low[0].reshape(-1) if low else None
-        other, error = scales.round_to(x, lowest, highest, scale.reshape(-1), minimum, weight)
+        other, error = scales.round_to(x, numbers, scale.reshape(-1), minimum, weight)
         better = error < least
         least = np.where(better, error, least)
         values = np.where(better, other, values)
@@ -300,9 +341,7 @@ def _where_finite(numerator: np.ndarray, denominator: np.ndarray, otherwise: np.
 
 def _clipped(block_format: BlockFormat, codes: np.ndarray) -> np.ndarray:
     largest = _LARGEST_CODES[block_format.scales]
-    clipped: np.ndarray = np.clip(
-        codes, -largest if block_format.scales is Scales.SUPER_OF_16 else 0, largest
-    )
+    clipped: np.ndarray = np.clip(codes, -largest if block_format.scales in _SIGNED else 0, largest)
     return clipped
 
 

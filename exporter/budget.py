@@ -1,4 +1,4 @@
-"""Choose a format for each matrix, so that a model of a given size loses the least accuracy."""
+"""Choose a format for each matrix, so that a model of at most a given size loses the least accuracy."""
 
 import heapq
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from .quantize import BUDGET_FORMATS
 from .sensitivity import Sensitivity, measure
 from .weights import stored_bytes
 
-# Maximum number of the text's windows on which sensitivity is measured; their states are in memory together.
+# Sensitivity is measured on at most this many windows of the text. The states of all windows are in memory together.
 _WINDOWS = 4
 
 
@@ -27,16 +27,16 @@ def with_budget(
 
     Args:
         plan: the plan, in which all matrices have the smallest format.
-        bits: maximum average number of bits per parameter, counting all data of the model in the weight file.
+        bits: maximum size of the parameters in the weight file, in bits per weight. Scales, norms and biases count.
         text: the text to measure sensitivity on.
-        progress: called with the number of layers measured so far.
+        progress: receives the number of layers measured so far.
 
     Returns:
-        The plan with the chosen formats, and for each parameter outside the layers, by name, the result of
-        `gptq.compensation`.
+        The plan with the chosen formats, and the result of `gptq.compensation` for each matrix outside the layers, by
+        the name of its parameter.
 
     Raises:
-        PrecastError: the budget is too small, or the text too short.
+        PrecastError: the budget is too small, the text is too short, or its inputs are too large for float32.
     """
     parameters = plan.stored.parameters
     count = sum(p.size for p in parameters)
@@ -65,39 +65,40 @@ def with_budget(
 
 
 def _sizes(item: Sensitivity) -> list[int]:
-    """Return the size of the matrices in each format, in bytes."""
+    """Return the size in bytes of the matrices in each of `BUDGET_FORMATS`."""
     outs, inputs = item.parameter.source_shape
     return [BLOCK_FORMATS[name].matrix_bytes(outs, inputs) * len(item.sources) for name in BUDGET_FORMATS]
 
 
 def _losses(plan: ExportPlan, item: Sensitivity) -> list[float]:
-    """Return the expected divergence in each format; it is 0 in the format in which the source stores the matrices."""
+    """Return the expected divergence in each of `BUDGET_FORMATS`: 0 in the format of the source."""
     names = [item.parameter.sources[i] for i in item.sources]
     stored = {plan.weight_plan.tensors[name].block_format for name in names}
     return [0.0 if stored == {f} else loss for f, loss in zip(BUDGET_FORMATS, item.losses, strict=True)]
 
 
 def cheapest(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """Choose an option for each item so that the sum of sizes is at most the budget and the sum of losses is small.
+    """Choose an option for each item. The sum of sizes is at most the budget, and the sum of losses is small.
 
-    Begin with the smallest options. Then repeat the step to a larger option that saves the most loss for each byte, as
-    long as the budget allows. Without the last steps, which fill the budget, the choice would be optimal for its size,
-    because all steps lie on the convex hull of an item's options (Fox 1966, https://doi.org/10.1287/mnsc.13.3.210).
+    Begin with the smallest options. Then replace one item's option by a larger one, again and again: of the
+    replacements that still fit the budget, the one that saves the most loss per byte. Until a replacement no longer
+    fits, the choice is optimal for its size, because all replacements lie on the convex hulls of the items' options
+    (Fox 1966, https://doi.org/10.1287/mnsc.13.3.210).
 
     Args:
-        sizes: for each item, the sizes of its options, ascending.
-        losses: for each item, the losses of its options.
-        budget: at least the sum of the smallest sizes.
+        sizes: the sizes of each item's options, ascending.
+        losses: the losses of each item's options.
+        budget: maximum sum of sizes; it must be at least the sum of the smallest sizes.
 
     Returns:
-        The index of the chosen option of each item.
+        The index of each item's option.
     """
     chosen = [0] * len(sizes)
     left = budget - sum(each[0] for each in sizes)
-    steps: list[tuple[float, int, int]] = []  # loss saved for each byte, negative; item; option
+    steps: list[tuple[float, int, int]] = []  # change of the loss per byte, negative; item; option
 
     def offer(item: int, room: int) -> None:
-        """Push the item's best step among the steps that fit into `room` bytes."""
+        """Push an item's best replacement of at most `room` bytes."""
         now = chosen[item]
         gains = [
             ((losses[item][option] - losses[item][now]) / size, item, option)
@@ -114,5 +115,5 @@ def cheapest(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
         size = sizes[item][option] - sizes[item][chosen[item]]
         if size <= left:
             chosen[item], left = option, left - size
-        offer(item, left)  # if the step no longer fits, a smaller one may
+        offer(item, left)  # if the replacement no longer fits, a smaller one may
     return chosen

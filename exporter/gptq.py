@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from .block_formats import GROUP, SUPER, BlockFormat
-from .block_quantise import Coefficients, bounds, code_type, effective, fit, fit_factors
+from .block_quantise import Coefficients, code_type, codes_of, effective, fit, fit_factors, grid
 from .scales import inverse
 
 # This fraction of the diagonal's mean is added to the diagonal of the Gram matrix, to make it positive definite.
@@ -64,18 +64,18 @@ def _round_group(
     """
     columns = np.ascontiguousarray(block.T)
     scale, minimum = effective(block_format, coefficients)
-    lowest, highest = bounds(block_format)
+    numbers = grid(block_format)
     if minimum is None:
         minimum = np.zeros_like(scale)
     reciprocal = inverse(scale)
-    codes, errors = np.empty_like(columns), np.empty_like(columns)
+    integers, errors = np.empty_like(columns), np.empty_like(columns)
     for i, column in enumerate(columns):
         run = i * block_format.runs // GROUP
         low = minimum[:, run]
-        codes[i] = np.clip(np.rint((column - low) * reciprocal[:, run]), lowest, highest)
-        errors[i] = (column - (codes[i] * scale[:, run] + low)) / triangle[i, i]
+        integers[i] = numbers.nearest((column - low) * reciprocal[:, run])
+        errors[i] = (column - (integers[i] * scale[:, run] + low)) / triangle[i, i]
         columns[i + 1 :] -= triangle[i, i + 1 :, None] * errors[i]
-    return codes.T + block_format.zero, errors
+    return codes_of(block_format, integers.T), errors
 
 
 def compensation(gram: Array) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Mixed parameters: stacks of matrices, each of which may have another block format.
 
-Two arrays store a mixed parameter. The first holds the records of all its matrices (`block_formats`), one matrix after
-another, as uint8 ``[units, 64]``. The second, a table, int32 ``[L, 2]``, gives the code of each matrix's format and the
-unit at which the matrix begins.
+Two arrays store a mixed parameter. The first array, uint8 ``[units, 64]``, contains the records of all matrices
+(`block_formats`), one matrix after another. The second array, int32 ``[L, 2]``, is a table. Its row for a matrix
+contains the code of the matrix's format, and the unit at which the matrix begins.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ import numpy as np
 from .block_formats import BLOCK_FORMATS, UNIT
 from .quantize import FORMATS, StoredArray
 
-# The storage format of a parameter: a key of `FORMATS`, or for a mixed parameter a key of `BLOCK_FORMATS` for each of
-# its matrices.
+# The storage format of a parameter: a key of `FORMATS`, or for a mixed parameter a tuple with a key of `BLOCK_FORMATS`
+# for each matrix.
 ParameterFormat = str | tuple[str, ...]
 
 TABLE = ".table"
@@ -29,7 +29,13 @@ def stored_arrays(stored: ParameterFormat, shape: tuple[int, ...]) -> tuple[Stor
 
 
 def table(formats: Sequence[str], outs: int, inputs: int) -> np.ndarray:
-    """Return the table ``[matrices, 2]`` of a stack: the code of each matrix's format, and the matrix's first unit."""
+    """Return the table of a mixed parameter, int32 ``[L, 2]``.
+
+    Args:
+        formats: the block format of each matrix.
+        outs: number of outputs of a matrix.
+        inputs: number of inputs of a matrix.
+    """
     starts = accumulate(_units(formats, outs, inputs)[:-1], initial=0)
     return np.array(
         [[BLOCK_FORMATS[f].code, unit] for f, unit in zip(formats, starts, strict=True)], np.int32
@@ -37,15 +43,16 @@ def table(formats: Sequence[str], outs: int, inputs: int) -> np.ndarray:
 
 
 def _units(formats: Sequence[str], outs: int, inputs: int) -> list[int]:
+    """Return the size of each matrix, in units of `UNIT` bytes."""
     return [BLOCK_FORMATS[name].matrix_bytes(outs, inputs) // UNIT for name in formats]
 
 
 def panel_rows(stored: ParameterFormat, inputs: int) -> int | None:
-    """Return the number of rows of a head's first array that store one panel; None for a format without panels.
+    """Return the number of rows that a panel takes in an output head's first array; None without panels.
 
     Args:
-        stored: the head's format.
-        inputs: the head's number of inputs.
+        stored: the storage format of the output head.
+        inputs: number of inputs of the output head.
     """
     if not isinstance(stored, str):
         return BLOCK_FORMATS[stored[0]].record_bytes(inputs) // UNIT

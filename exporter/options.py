@@ -17,9 +17,9 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_BUCKETS = (64, 128, 512)
 DEFAULT_SLOTS = 8
 _MOST_SLOTS = 256
-# The limits of a budget, in bits per weight. The smallest format takes 4.5 bits; the largest takes 8.5 bits, to which
+# The limits of a budget, in bits per weight. The smallest format takes 4.25 bits; the largest takes 8.5 bits, to which
 # the float32 norms add less than 0.5.
-_BITS = (4.5, 9.0)
+_BITS = (4.25, 9.0)
 # The targets that have several slots by default. On cpu, idle slots take neither time nor memory. On portable, they
 # take memory, but a default export has both targets, and all targets of an artifact have the same number of slots.
 _CHEAP_SLOTS = ("cpu", "portable")

@@ -41,7 +41,7 @@ INT4_SYMMETRIC = "int4-symmetric"
 SOURCE = "source"
 # The format of weights with a budget of bits, and the formats that the budget chooses from, smallest first.
 MIXED = "mixed"
-BUDGET_FORMATS = ("q4_k", "q5_k", "q6_k", "q8_0")
+BUDGET_FORMATS = ("iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,10 @@ def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
 
 
 def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-    values = blocks.codes.view(np.int8) - np.int8(BLOCK_FORMATS[blocks.format].zero)
+    kind = BLOCK_FORMATS[blocks.format]
+    if kind.codebook is not None:
+        return np.array(kind.codebook, np.int8)[blocks.codes], *blocks.coefficients
+    values = blocks.codes.view(np.int8) - np.int8(kind.zero)
     return None if values.min(initial=0) < -127 else (values, *blocks.coefficients)
 
 
@@ -309,7 +312,7 @@ FORMATS: Mapping[str, Format] = {
             inputs=2,
             nibbles=1,
             suffixes=(".scale",),
-            takes=("q8_0", "q5_0", "q4_0"),
+            takes=("q8_0", "q5_0", "q4_0", "iq4_nl"),
             quantise=quantise_int8,
             convert=_as_int8,
         ),

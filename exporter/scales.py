@@ -1,6 +1,8 @@
 """Search for the scales and minima of integer weights, and round the weights."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -18,6 +20,10 @@ _SYMMETRIC_STRETCHES = [*np.linspace(0.9, 1.15, 11).tolist(), *np.linspace(-1.0,
 # The largest magnitude of int8, the largest value of int4, and the value that represents zero in int4-symmetric.
 INT8_MAX, INT4_LEVELS, INT4_ZERO = 127, 15, 8
 _REFITS = 2
+# The exponents of scales that are powers of two: those of normal numbers that 12, the largest integer of MXFP4, can
+# multiply.
+_LEAST_EXPONENT, _MOST_EXPONENT = -126, 124
+LARGEST_POWER = 2.0**_MOST_EXPONENT
 # Numbers up to this magnitude count as zero: they underflow float16, and the reciprocals of some overflow float32.
 _TINY = 1e-30
 
@@ -25,29 +31,94 @@ _TINY = 1e-30
 Quantised = tuple[np.ndarray, ...]
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The integers that scales multiply: all from `lowest` to `highest`, or only those of a codebook.
+
+    Attributes:
+        lowest: the smallest integer.
+        highest: the largest integer.
+        codebook: the integers; empty for all.
+    """
+
+    lowest: int
+    highest: int
+    codebook: tuple[int, ...] = ()
+
+    def nearest(self, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the integer nearest to each number, as float32; write to `out` if it is not None."""
+        if not self.codebook:
+            rounded: np.ndarray = np.clip(np.rint(x, out=out), self.lowest, self.highest, out=out)
+            return rounded
+        halves = (np.clip(x, self.lowest, self.highest) - np.float32(self.lowest)) * np.float32(2)
+        found: np.ndarray = np.take(self._nearest, halves.astype(np.int32), out=out, mode="clip")
+        return found
+
+    @cached_property
+    def _nearest(self) -> np.ndarray:
+        """The integer of the codebook nearest to all numbers of each interval of 1/2, from `lowest` on.
+
+        The boundaries between two integers' neighbourhoods are multiples of 1/2.
+        """
+        middles = np.arange(self.lowest, self.highest + 1, 0.5) + 0.25
+        integers = np.array(self.codebook, np.float32)
+        nearest: np.ndarray = integers[np.abs(middles[:, None] - integers).argmin(axis=1)]
+        nearest[-1] = self.highest
+        return nearest
+
+
+_INT8 = Grid(-INT8_MAX, INT8_MAX)
+
+
 def quantise_int8(x: np.ndarray) -> Quantised:
     """Quantise each column of x ``[n, G]`` to values from −127 to 127 and a scale."""
-    step = _int8_step(x)
-    return _quantise_without_minimum(x, step, -INT8_MAX, INT8_MAX, fit_int8(x))
+    return _quantise_without_minimum(x, _INT8, _int8_step(x), fit_int8(x))
 
 
 def quantise_symmetric(x: np.ndarray, zero: int = INT4_ZERO) -> Quantised:
     """Quantise each column to values from 0 to 2 · zero − 1 and a scale; the value `zero` represents a weight of 0."""
-    step = _symmetric_step(x, zero)
-    values, scale = _quantise_without_minimum(x, step, -zero, zero - 1, fit_symmetric(x, zero))
+    grid = Grid(-zero, zero - 1)
+    values, scale = quantise_without_minimum(x, grid)
     return values + zero, scale
 
 
-def _quantise_without_minimum(
-    x: np.ndarray, step: np.ndarray, lowest: int, highest: int, fitted: np.ndarray
-) -> Quantised:
+def quantise_without_minimum(x: np.ndarray, grid: Grid) -> Quantised:
+    """Quantise each column to integers of a grid and a scale."""
+    return _quantise_without_minimum(x, grid, _symmetric_step(x, grid.lowest), fit_symmetric(x, grid))
+
+
+def _quantise_without_minimum(x: np.ndarray, grid: Grid, step: np.ndarray, fitted: np.ndarray) -> Quantised:
     """Quantise each column with the scale that has the least error.
 
     The candidates are `fitted` and `step`, both rounded to the nearest float16, and `step` rounded up.
     """
-    return _closest(
-        x, lowest, highest, [(near_half(fitted), None), (near_half(step), None), (_above(step), None)]
-    )
+    return _closest(x, grid, [(near_half(fitted), None), (near_half(step), None), (_above(step), None)])
+
+
+def quantise_with_exponents(
+    x: np.ndarray, grid: Grid, weight: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise each column of x ``[n, G]`` to integers of a grid and a scale that is a power of two.
+
+    Args:
+        x: the columns.
+        grid: the integers.
+        weight: the weight of each squared error, ``[n, G]``; None for equal weights.
+
+    Returns:
+        The integers ``[n, G]``, and the exponents of the scales, int32 ``[G]``.
+    """
+    most = np.abs(x).max(0) * np.float32(1 / grid.highest)
+    exponent = np.maximum(np.frexp(most)[1], _LEAST_EXPONENT)  # the first power above `most`
+    best, values, least = exponent, np.zeros_like(x), np.full(most.shape, np.inf, np.float32)
+    for tried in (exponent, exponent - 1, exponent - 2):
+        tried = np.clip(tried, _LEAST_EXPONENT, _MOST_EXPONENT)
+        other, error = round_to(x, grid, np.ldexp(np.float32(1), tried), None, weight)
+        better = error < least
+        least = np.where(better, error, least)
+        values = np.where(better, other, values)
+        best = np.where(better, tried, best)
+    return values, best
 
 
 def _int8_step(x: np.ndarray) -> np.ndarray:
@@ -55,10 +126,10 @@ def _int8_step(x: np.ndarray) -> np.ndarray:
     return step
 
 
-def _symmetric_step(x: np.ndarray, zero: int) -> np.ndarray:
-    """Return, for each column, the scale that maps the value of the largest magnitude to −zero."""
+def _symmetric_step(x: np.ndarray, lowest: int) -> np.ndarray:
+    """Return, for each column, the scale that maps the value of the largest magnitude to the integer `lowest`."""
     low, high = x.min(0), x.max(0)
-    step: np.ndarray = np.where(-low > high, low, high) / np.float32(-zero)
+    step: np.ndarray = np.where(-low > high, low, high) / np.float32(lowest)
     return step
 
 
@@ -69,18 +140,18 @@ def fit_int8(x: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
         x: the columns.
         weight: the weight of each squared error, ``[n, G]``; None for equal weights.
     """
-    return _fit_scale(x, _int8_step(x), (-INT8_MAX, INT8_MAX), _STRETCHES, weight)
+    return _fit_scale(x, _INT8, _int8_step(x), _STRETCHES, weight)
 
 
-def fit_symmetric(x: np.ndarray, zero: int, weight: np.ndarray | None = None) -> np.ndarray:
-    """Return the scale of each column, as `fit_int8` does, for values from −zero to zero − 1."""
-    return _fit_scale(x, _symmetric_step(x, zero), (-zero, zero - 1), _SYMMETRIC_STRETCHES, weight)
+def fit_symmetric(x: np.ndarray, grid: Grid, weight: np.ndarray | None = None) -> np.ndarray:
+    """Return the scale of each column, as `fit_int8` does, for the integers of a grid."""
+    return _fit_scale(x, grid, _symmetric_step(x, grid.lowest), _SYMMETRIC_STRETCHES, weight)
 
 
 def _fit_scale(
     x: np.ndarray,
+    grid: Grid,
     step: np.ndarray,
-    bounds: tuple[int, int],
     stretches: Sequence[float],
     weight: np.ndarray | None,
 ) -> np.ndarray:
@@ -94,7 +165,7 @@ def _fit_scale(
     u, q = np.empty_like(t), np.empty_like(t)
     for stretch in stretches:
         np.multiply(t, np.float32(stretch), out=u)
-        np.clip(np.rint(u, out=q), *bounds, out=q)
+        grid.nearest(u, out=q)
         u -= q
         # u holds the rounding errors; the error after refitting follows from them.
         wq, wu = (q, u) if weight is None else (q * weight, u * weight)
@@ -119,7 +190,7 @@ def quantise_with_minimum(x: np.ndarray, levels: int = INT4_LEVELS) -> Quantised
     below = _below(low)
     rest = (high - below) / np.float32(levels)
     scale, minimum = fit_with_minimum(x, levels)
-    return _closest(x, 0, levels, [
+    return _closest(x, Grid(0, levels), [
         (near_half(scale), near_half(minimum)),
         (near_half(step), near_half(low)),
         # For groups far from zero or of tiny magnitude, where rounding the coefficients to float16 costs the most.
@@ -191,13 +262,13 @@ def _fit(
 
 
 def _closest(
-    x: np.ndarray, lowest: int, highest: int, candidates: Sequence[tuple[np.ndarray, np.ndarray | None]]
+    x: np.ndarray, grid: Grid, candidates: Sequence[tuple[np.ndarray, np.ndarray | None]]
 ) -> Quantised:
     """Return, for each column, the values, scale and minimum of the candidate with the least error."""
     (scale, minimum), *others = candidates
-    values, least = round_to(x, lowest, highest, scale, minimum)
+    values, least = round_to(x, grid, scale, minimum)
     for other_scale, other_minimum in others:
-        other, error = round_to(x, lowest, highest, other_scale, other_minimum)
+        other, error = round_to(x, grid, other_scale, other_minimum)
         better = error < least
         least = np.where(better, error, least)
         values = np.where(better, other, values)
@@ -209,8 +280,7 @@ def _closest(
 
 def round_to(
     x: np.ndarray,
-    lowest: int,
-    highest: int,
+    grid: Grid,
     scale: np.ndarray,
     minimum: np.ndarray | None,
     weight: np.ndarray | None = None,
@@ -224,7 +294,7 @@ def round_to(
     scale = scale.astype(np.float32)
     offset = np.float32(0) if minimum is None else minimum.astype(np.float32)
     values = (x - offset) * inverse(scale)
-    np.clip(np.rint(values, out=values), lowest, highest, out=values)
+    grid.nearest(values, out=values)
     error = values * scale
     error += offset
     error -= x

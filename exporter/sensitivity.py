@@ -1,13 +1,14 @@
-"""Estimate how much each matrix of a model suffers from quantisation, on a text.
+"""Estimate on a text how much a model loses when each of its matrices is quantised.
 
 Let the weights W of a matrix change by ΔW. To second order, the divergence KL(float32 model ‖ changed model), summed
-over the predictions, is ½ ΔWᵀ F ΔW with the Fisher information F. The diagonal of F is the mean square of the
-gradient of −log p for tokens that the model itself samples (Kunstner et al. 2019, https://arxiv.org/abs/1905.12558).
-One backward pass, layer by layer, gives these gradients for all matrices.
+over the predictions, is ½ ΔWᵀ F ΔW with the Fisher information F. The diagonal of F is the mean square of the gradient
+of −log p for tokens that the model itself samples (Kunstner et al. 2019, https://arxiv.org/abs/1905.12558). One
+backward pass, layer by layer, computes these gradients for all matrices.
 
-GPTQ moves errors to where the inputs of a product are small, which the diagonal does not show. Its error of the outputs
-is known in advance: the squared rounding error of input j counts 1 / U_jj² times, where U is the result of
-`gptq.compensation`. The ratio of Fisher information and mean square input turns that error into a divergence.
+GPTQ shifts errors to inputs that are small on average, which the diagonal does not account for. The error of the
+outputs after GPTQ can be predicted: it is the sum of the squared rounding errors, each divided by U_jj² for input j,
+where U is the result of `gptq.compensation`. The ratio of the Fisher information to the mean square of the inputs
+converts this error to a divergence.
 """
 
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from .models.xla_ops import XLA_OPS
 from .reference.layerwise import LayerwiseReference
 from .reference.output_head import EMBEDDING, head_of
 
-# At most about this many rows of a matrix are rounded to measure the rounding errors.
+# Rounding errors are measured on about this many rows of a matrix.
 _ROWS = 256
 # The seed of the tokens that the model samples.
 _SEED = 0
@@ -45,9 +46,9 @@ class Sensitivity:
     """The divergence that each format would cause if some matrices were stored in it.
 
     Attributes:
-        parameter: the parameter that the matrices belong to.
-        sources: indices of the matrices in the parameter's sources.
-        losses: expected divergence per prediction for each format, in nats.
+        parameter: the parameter.
+        sources: indices of the matrices in `Parameter.sources`.
+        losses: expected divergence per prediction in each format, in nats.
         triangle: the result of `gptq.compensation` for the embedding or the output head; None for other matrices.
     """
 
@@ -65,18 +66,18 @@ def measure(
     formats: Sequence[BlockFormat],
     progress: Progress = silent,
 ) -> list[Sensitivity]:
-    """Measure the sensitivity of the matrices; the experts of a layer count as one matrix.
+    """Measure the sensitivity of the model's matrices. The experts of a layer count as one matrix.
 
     The inputs of all layers are in memory together: float32 ``[L, windows, T, D]``.
 
     Args:
         model: the model in float32.
-        spec: the model.
-        parameters: all parameters of the model, in the order of binding. Those of rank 3 and the embedding are
-            measured.
-        windows: token ids of the text's windows, all of the same length.
-        formats: the formats.
-        progress: called with the number of layers run so far, forward and backward.
+        spec: the description of the same model.
+        parameters: all parameters of the model, in the order of `AbstractModel.parameters`. Parameters of rank
+            3, the embedding and the output head are measured.
+        windows: token ids of the text's windows, which have the same length.
+        formats: the formats to measure.
+        progress: receives the number of layers run so far, forward and backward.
     """
     layers = spec.config.layers
     step = partial(Step, text="measuring sensitivity", total=2 * layers, unit="layers")
@@ -128,9 +129,9 @@ def _layer_losses(
 
     Args:
         matrices: the matrices; E is 1 except for experts.
-        square: the sum of the squares of their gradients per prediction.
-        gram: the Gram matrix of their inputs; None for experts, which are rounded without it.
-        formats: the formats.
+        square: the sum of the squared gradients of the matrices, per prediction.
+        gram: the Gram matrix of the matrices' inputs; None for experts, because GPTQ does not round them.
+        formats: the formats to measure.
     """
     inputs = matrices.shape[-1]
     importance: np.ndarray = np.ones(inputs, np.float32)
@@ -144,7 +145,14 @@ def _layer_losses(
 def _losses(
     matrix: np.ndarray, importance: np.ndarray, formats: Sequence[BlockFormat], factor: float
 ) -> tuple[float, ...]:
-    """Return, for each format, `factor` times the sum of the squared rounding errors, weighted by input."""
+    """Return, for each format, the sum of the squared rounding errors times `factor`.
+
+    Args:
+        matrix: float32 ``[out, in]``.
+        importance: the weight of the squared errors of each input ``[in]``.
+        formats: the formats to measure.
+        factor: a factor of the result.
+    """
     rows = np.ascontiguousarray(matrix[:: max(1, len(matrix) // _ROWS)])
     losses = []
     for each in formats:
@@ -165,7 +173,7 @@ def _layer_gradients(
     Args:
         model: the model.
         x: the layer's input ``[1, T, D]``.
-        slope: the gradient at its output.
+        slope: the gradient at the layer's output.
         rotary, window: the result of `LayerwiseReference.surroundings` for the layer.
         arrays: the result of `LayerwiseReference.read` for the layer.
     """
@@ -185,8 +193,8 @@ def _head_gradients(
         states: the outputs of the last layer ``[1, T, D]`` for each window.
 
     Returns:
-        The gradients of −log p of tokens sampled from the model, in the shapes of the states, and the sum over the
-        head's rows of their information, ``[D, D]``.
+        The gradients of −log p for tokens that the model samples, in the shapes of the states; and the Fisher
+        information of the output head, summed over its rows, ``[D, D]``.
     """
     ends = model.read("model.norm", head)
 
@@ -218,7 +226,7 @@ def _embedding_gram(spec: ModelSpec, windows: Sequence[Sequence[int]], slopes: S
     """Return the Fisher information ``[D, D]`` of the embedding's rows, summed over all rows.
 
     Args:
-        spec: the model.
+        spec: the description of the model.
         windows: the token ids of each window.
         slopes: the gradients ``[1, T, D]`` at the first layer's input for each window.
     """

@@ -16,7 +16,7 @@ from .block_formats import BLOCK_FORMATS, UNIT, BlockFormat
 from .mixed import ParameterFormat, stored_arrays, table
 from .models.parameters import Parameter, unknown_sources
 from .models.tensor_names import HEAD
-from .quantize import BUDGET_FORMATS, FORMATS, INT4_SYMMETRIC, MIXED, SOURCE, WEIGHTS, Format
+from .quantize import BUDGET_FORMATS, FORMATS, INT4, INT4_SYMMETRIC, MIXED, SOURCE, WEIGHTS, Format
 from .sources.base import QuantisedBlocks, Source, SourceTensor
 
 # Tensors that old checkpoints store, although they can be computed from the config.
@@ -27,7 +27,7 @@ _VOCABULARY = ("model.embed_tokens.weight", HEAD)
 # A mixture's router stays float32, because it is small, and rounding it could choose the wrong experts.
 _ROUTER = ".mlp.gate.weight"
 _MATRIX_AXES = 3  # a stack [L, out, in]
-_FOUR_BITS = frozenset({"q4_0", "q4_1", "q4_k"})
+_FOUR_BITS = frozenset(name for name, kind in BLOCK_FORMATS.items() if kind.bits == 4)
 _FLOATS = frozenset({"float32", "f32", "float16", "f16", "bfloat16", "bf16", "float64", "f64"})
 
 
@@ -200,7 +200,7 @@ def with_source_formats(
 
     A parameter in the format `SOURCE` gets a format that represents its values exactly. An int4 parameter becomes
     `INT4_SYMMETRIC` if all its matrices are q4_0 in the source. It keeps the source's block formats if all have 4 bits
-    and q4_k is among them.
+    and at least one is neither q4_0 nor q4_1.
     """
     return {p.name: _with_source_format(p, formats[p.name], plan.tensors) for p in plan.parameters}
 
@@ -219,7 +219,7 @@ def _with_source_format(
     if chosen == "int4" and complete:
         if set(own) == {"q4_0"}:
             return INT4_SYMMETRIC
-        if "q4_k" in own and set(own) <= _FOUR_BITS:
+        if set(own) <= _FOUR_BITS and not set(own) <= set(INT4.takes):
             return own
     return chosen
 

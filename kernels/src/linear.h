@@ -27,8 +27,10 @@ struct Weight {
   int64_t outs;
 
   bool IsPacked() const { return format != Format::kFloat32 && format != Format::kBfloat16; }
-  // True if the weights have 8 bits; their activations then have 16 bits.
-  bool IsWide() const { return format == Format::kInt8 || (format == Format::kBlocks && blocks->bits == 8); }
+  // True if the weights multiply activations as floats, without quantising them.
+  bool TakesFloats() const { return !IsPacked() || (format == Format::kBlocks && blocks->HasFloatCodes()); }
+  // True if activations are quantised to 16 bits.
+  bool IsWide() const { return format == Format::kInt8 || (format == Format::kBlocks && blocks->IsWide()); }
   // True if each half of a group has its own scale.
   bool HasHalfScales() const { return format == Format::kBlocks && blocks->scales == Scales::kSuperOf16; }
 };
@@ -47,12 +49,17 @@ struct QuantizedRows {
 };
 
 struct LinearRows {
-  const float* x = nullptr;  // [rows, in], for float weights
+  const float* x = nullptr;  // [rows, in], for weights that take floats
   int64_t in;
-  QuantizedRows quantized = {};  // for packed weights
+  QuantizedRows quantized = {};  // for all other weights
 };
 
 enum class Gate { kNone, kSilu, kGeluTanh };
+
+// The bits of the half-precision number that is 1/256 of a number in e4m3 (also if it is subnormal). A NaN becomes
+// 480/256.
+constexpr int kE4M3Unit = 256;
+inline uint16_t HalfOfE4M3(uint8_t bits) { return static_cast<uint16_t>((bits & 0x80) << 8 | (bits & 0x7f) << 7); }
 
 // Convert IEEE half precision to single. Convert a subnormal half from its integer, because XLA's threads flush
 // subnormal floats to zero.

@@ -29,9 +29,9 @@ constexpr int64_t kStackFloats = 2048;
 LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearCall& c) {
   bool floats = false, wide = false, narrow = false, halves = false;
   for (const LinearPart& part : c.parts) {
-    floats |= !part.weight.IsPacked();
+    floats |= part.weight.TakesFloats();
     wide |= part.weight.IsWide();
-    narrow |= part.weight.IsPacked() && !part.weight.IsWide();
+    narrow |= !part.weight.TakesFloats() && !part.weight.IsWide();
     halves |= part.weight.HasHalfScales();
   }
   LinearRows rows = {.x = c.x, .in = c.in};

@@ -1,6 +1,7 @@
 // precast.linear: y = norm(x) W^T + b, with a residual added or a gate applied. precast.embed: looks up rows of weights
 // in the same formats.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <string_view>
@@ -77,6 +78,18 @@ float BlockElement(const Weight& w, int64_t o, int64_t k, int64_t in) {
     return bits;
   };
   const auto half = [&](int64_t row) { return HalfToFloat(word(row * kPanel + lane)); };
+  // The 12-bit number i of those that begin at row `first` of 16 words.
+  const auto twelve = [&](int64_t first, int64_t i) -> int {
+    const auto packed = [&](int64_t j) { return word((first + i / kPacked * 3 + j) * kPanel + lane); };
+    return i % kPacked < 3 ? packed(i % kPacked) & 0xfff
+                           : packed(0) >> 12 | packed(1) >> 12 << 4 | packed(2) >> 12 << 8;
+  };
+  const int64_t supers = (groups + kSuper - 1) / kSuper;
+  if (f.HasFloatCodes()) {
+    float scale;
+    std::memcpy(&scale, record + 4 * (g / kPacked * kPanel + lane), sizeof scale);
+    return HalfToFloat(HalfOfE4M3(low[k * kPanel + lane])) * kE4M3Unit * scale;
+  }
   int code;
   if (f.bits == 8) {
     code = reinterpret_cast<const int8_t*>(low)[(k / 2 * kPanel + lane) * 2 + k % 2];
@@ -88,23 +101,25 @@ float BlockElement(const Weight& w, int64_t o, int64_t k, int64_t in) {
     if (width > 0)
       code |= (high[((g * width + quad / 8) * kPanel + lane) * 4 + k % 4] >> quad % 8 & ((1 << width) - 1)) << 4;
   }
-  const auto value = static_cast<float>(code - f.zero);
+  const auto value = static_cast<float>(f.codebook == nullptr ? code - f.zero : f.codebook->integers[code]);
   switch (f.scales) {
     case Scales::kHalf: return half(g) * value;
     case Scales::kHalfAndMinimum: return half(2 * g) * value + half(2 * g + 1);
     case Scales::kSuper: {
-      const int64_t supers = (groups + kSuper - 1) / kSuper, four = 2 * supers + g / kPacked * 3;
-      const auto packed = [&](int64_t j) { return word((four + j) * kPanel + lane); };
-      const int both =
-          g % kPacked < 3 ? packed(g % kPacked) & 0xfff : packed(0) >> 12 | packed(1) >> 12 << 4 | packed(2) >> 12 << 8;
+      const int both = twelve(2 * supers, g);
       return half(g / kSuper * 2) * static_cast<float>(both & 63) * value -
              half(g / kSuper * 2 + 1) * static_cast<float>(both >> 6);
     }
     case Scales::kSuperOf16: {
-      const int64_t supers = (groups + kSuper - 1) / kSuper;
       const auto* scales = reinterpret_cast<const int8_t*>(record + supers * kPanel * 2);
       return half(g / kSuper) * static_cast<float>(scales[k / 16 * kPanel + lane]) * value;
     }
+    case Scales::kSuperSigned: {
+      const int six = twelve(supers, g / 2) >> (g % 2 * 6) & 63;
+      return half(g / kSuper) * static_cast<float>((six ^ 32) - 32) * value;
+    }
+    case Scales::kFloat: break;
+    case Scales::kExponent: return std::ldexp(value, record[g * kPanel + lane] - 128);
   }
   return 0.0f;
 }

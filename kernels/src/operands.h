@@ -117,7 +117,7 @@ inline WeightStack TakeMixed(Operands& operands, int64_t last, int64_t outs, int
     const BlockFormat* format = BlockFormatOf(code);
     if (format == nullptr)
       operands.Fail("table of mixed weights: entry " + std::to_string(i) + " has the unknown format " +
-                    std::to_string(code));
+                    std::to_string(code) + "; update precast");
     else if (unit < 0 || unit > units || panels > (units - unit) / (format->RecordBytes(groups) / kBlockUnit))
       operands.Fail("table of mixed weights: entry " + std::to_string(i) + " at unit " + std::to_string(unit) +
                     " ends beyond the " + std::to_string(units) + " units");

@@ -20,7 +20,18 @@ LOSSES = {
     "q4_k": 0.076,
     "q5_k": 0.038,
     "q6_k": 0.0185,
+    "iq4_nl": 0.08,
+    "iq4_xs": 0.08,
+    "mxfp4": 0.12,
+    "e4m3": 0.028,
 }
+# The relative error of constant matrices. The numbers of MXFP4 have one bit after the leading one, and scales that are
+# powers of two. Small factors of IQ4_XS have few digits, because its scales have only 6 bits.
+CONSTANT = {"iq4_xs": 0.07, "mxfp4": 0.2}
+# The share of the error that remains when the search knows the importance of inputs. MXFP4 has few scales to choose.
+REMAINING = {"mxfp4": 0.99}
+# The formats whose coefficients are searched for: not e4m3, in which the largest weight decides.
+SEARCHED = pytest.mark.parametrize("name", [name for name in BLOCK_FORMATS if name != "e4m3"])
 
 
 def normal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -67,7 +78,9 @@ def test_weights_of_one_sign(name: str) -> None:
     """Minima of super-groups cannot be positive, so groups far above zero have coarser steps there."""
     for sign in (1, -1):
         matrix = sign * (np.abs(normal((16, 256))) + np.float32(2))
-        assert loss(matrix, again(name, matrix)) < 5 / (1 << BLOCK_FORMATS[name].bits)
+        # The numbers of e4m3 have four significant bits, so their steps grow with the weights.
+        bits = 6 if name == "e4m3" else BLOCK_FORMATS[name].bits
+        assert loss(matrix, again(name, matrix)) < 5 / (1 << bits)
 
 
 @FORMATS
@@ -75,7 +88,7 @@ def test_weights_of_one_sign(name: str) -> None:
 def test_constant_matrices(name: str, value: float) -> None:
     """The factors of small weights are subnormal numbers of float16, with fewer digits."""
     matrix = np.full((16, 96), value, np.float32)
-    np.testing.assert_allclose(again(name, matrix), matrix, rtol=0.04, atol=4e-6)
+    np.testing.assert_allclose(again(name, matrix), matrix, rtol=CONSTANT.get(name, 0.04), atol=4e-6)
 
 
 @FORMATS
@@ -85,7 +98,7 @@ def test_blocks_of_rows_make_no_difference(name: str) -> None:
     np.testing.assert_array_equal(whole[40:41], encode(BLOCK_FORMATS[name], matrix[640:656]))
 
 
-@FORMATS
+@SEARCHED
 def test_important_inputs_lose_less(name: str) -> None:
     stored, matrix = BLOCK_FORMATS[name], normal((64, 512))
     importance = np.exp(normal((512,), 1) * 2)
@@ -95,10 +108,10 @@ def test_important_inputs_lose_less(name: str) -> None:
         found = stored.decode(stored.pack(codes, *coefficients), *matrix.shape)
         return float((importance * np.square(found - matrix)).sum())
 
-    assert weighted(importance) < 0.93 * weighted(None)
+    assert weighted(importance) < REMAINING.get(name, 0.93) * weighted(None)
 
 
-@FORMATS
+@SEARCHED
 def test_the_effective_coefficients_are_those_of_the_records(name: str) -> None:
     stored, matrix = BLOCK_FORMATS[name], normal((32, 300))
     codes, *coefficients = block_quantise.quantise(stored, matrix)
@@ -107,19 +120,27 @@ def test_the_effective_coefficients_are_those_of_the_records(name: str) -> None:
     np.testing.assert_array_equal(scale, stored_scale.reshape(32, -1))
     if minimum is not None:
         np.testing.assert_array_equal(minimum, stored_minimum.reshape(32, -1))
-    assert (minimum is None) == (stored.scales in (Scales.HALF, Scales.SUPER_OF_16))
+    assert (minimum is None) == (stored.scales not in (Scales.HALF_AND_MINIMUM, Scales.SUPER))
 
 
 @pytest.mark.parametrize(
     ("name", "largest"),
-    [("q8_0", "8.31901e+06"), ("q4_1", "65504"), ("q4_k", "4.12675e+06"), ("q6_k", "2.66208e+08")],
+    [
+        ("q8_0", "8.31901e+06"),
+        ("q4_1", "65504"),
+        ("q4_k", "4.12675e+06"),
+        ("q6_k", "2.66208e+08"),
+        ("iq4_nl", "8.31901e+06"),
+        ("iq4_xs", "2.57889e+08"),
+        ("mxfp4", "2.55212e+38"),
+    ],
 )
 def test_values_too_large_for_a_format_are_refused(name: str, largest: str) -> None:
     matrix = normal((16, 32))
-    matrix[1, 2] = 1e9
+    matrix[1, 2] = value = 3e38 if name == "mxfp4" else 1e9
     with pytest.raises(PrecastError) as raised:
         encode(BLOCK_FORMATS[name], matrix, "model.norm")
     assert str(raised.value) == (
-        f"model.norm: contains a value of 1e+09, but {name} can represent at most {largest}; store the weights in a"
+        f"model.norm: contains a value of {value:g}, but {name} can represent at most {largest}; store the weights in a"
         " wider type."
     )

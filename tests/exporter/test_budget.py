@@ -139,10 +139,10 @@ def logits(model: Any) -> np.ndarray:
 def test_a_budget_below_the_smallest_format_is_refused(
     export_refusal: Callable[..., str], tiny_source: Callable[..., Any], text: Path
 ) -> None:
-    options = ExportOptions(buckets=(8,), context=64, bits=4.5, calibrate=text)
+    options = ExportOptions(buckets=(8,), context=64, bits=4.25, calibrate=text)
     found = export_refusal(tiny_source(), options)
     assert found.startswith("--bits: expected at least ")
-    assert found.endswith(" for this model, found 4.5; raise it.")
+    assert found.endswith(" for this model, found 4.25; raise it.")
 
 
 def test_the_default_text_is_python_s_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +165,8 @@ GOOD = ExportOptions(bits=5.0, calibrate=Path("a.txt"))
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"bits": 4.4}, "--bits: expected 4.5 to 9, found 4.4."),
-        ({"bits": float("nan")}, "--bits: expected 4.5 to 9, found nan."),
+        ({"bits": 4.2}, "--bits: expected 4.25 to 9, found 4.2."),
+        ({"bits": float("nan")}, "--bits: expected 4.25 to 9, found nan."),
         (
             {"weights": "int4"},
             "--bits: chooses the formats of all weights, but --weights is int4; leave out one of them.",

@@ -23,8 +23,11 @@ HALVES = {
     "q4_k": (0, 2),
     "q5_k": (0, 2),
     "q6_k": (208,),
+    "iq4_nl": (0,),
+    "iq4_xs": (0,),
+    "mxfp4": (),
 }
-KINDS = pytest.mark.parametrize("kind", BLOCK_FORMATS)
+KINDS = pytest.mark.parametrize("kind", HALVES)
 
 
 def sizes(kind: str) -> tuple[int, int]:
@@ -33,7 +36,10 @@ def sizes(kind: str) -> tuple[int, int]:
 
 
 def random_rows(kind: str, rows: int, blocks: int, seed: int) -> np.ndarray:
-    """Return random bytes ``[rows, bytes]`` in which every float16 is finite; some are 0, subnormal or negative."""
+    """Return random bytes ``[rows, bytes]`` in which every float16 is finite; some are 0, subnormal or negative.
+
+    The exponents of MXFP4 are 0 to 252, because greater ones can overflow float32.
+    """
     rng = np.random.default_rng(seed)
     data = rng.integers(0, 256, (rows * blocks, sizes(kind)[1]), np.uint8)
     for offset in HALVES[kind]:
@@ -43,6 +49,9 @@ def random_rows(kind: str, rows: int, blocks: int, seed: int) -> np.ndarray:
         halves[subnormal] &= 0x3FF
         halves |= rng.integers(0, 2, len(data)).astype("<u2") << 15
         data[:, offset : offset + 2] = halves[:, None].view(np.uint8)
+    if kind == "mxfp4":
+        data[:, 0] = rng.integers(0, 253, len(data))
+        data[rng.random(len(data)) < 0.1, 0] = 0
     return data.reshape(rows, -1)
 
 
@@ -99,3 +108,35 @@ def test_rows_of_q_are_reordered_and_rows_can_be_cut(gguf_spec, tiny, decode_blo
     for part in parts.values():
         assert part.block_format == kind
         assert_same_bits(decode_blocks(part.blocks()), part.read())
+
+
+def test_every_exponent(decode_blocks) -> None:
+    """Exponents from 253 on overflow float32 in the same places; 0 and 1 are subnormal scales."""
+    data = np.empty((256, 17), np.uint8)
+    data[:, 0] = np.arange(256)
+    data[:, 1:] = np.arange(16) * 17
+    with np.errstate(over="ignore"):
+        found = decode_blocks(read_blocks("mxfp4", data, 32))
+        np.testing.assert_array_equal(found, expected("mxfp4", data))
+    assert found[0].max() == 12 * 2.0**-128
+    assert np.isfinite(found[:253]).all()
+
+
+@KINDS
+def test_blocks_of_zeros(decode_blocks, kind: str) -> None:
+    data = np.zeros((3, 2 * sizes(kind)[1]), np.uint8)
+    assert_same_bits(decode_blocks(read_blocks(kind, data, 2 * sizes(kind)[0])), expected(kind, data))
+
+
+@pytest.mark.parametrize("kind", ["iq4_nl", "iq4_xs"])
+def test_every_scale_with_every_code(decode_blocks, kind: str) -> None:
+    """Every code, with each 6-bit scale of IQ4_XS."""
+    data = np.zeros((64, sizes(kind)[1]), np.uint8)
+    data[:, :2] = np.array([0.75], "<f2").view(np.uint8)
+    data[:, -16:] = np.arange(16) * 16 + np.arange(16)[::-1]
+    if kind == "iq4_xs":
+        number = np.arange(64)
+        data[:, 7], data[:, 3] = (number & 15) << 4, number >> 4 << 6  # of the last group
+    found = decode_blocks(read_blocks(kind, data, sizes(kind)[0]))
+    assert_same_bits(found, expected(kind, data))
+    assert len(np.unique(found[:, -32:])) > (600 if kind == "iq4_xs" else 15)

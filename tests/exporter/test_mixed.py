@@ -76,6 +76,8 @@ def mixed_weight(kinds: Sequence[str], stack: np.ndarray) -> MixedWeight:
         ("int4", ("q4_k", "q4_k"), ("q4_k", "q4_k")),
         ("int4", ("q4_k", "q4_0"), ("q4_k", "q4_0")),
         ("int4", ("q4_k", "q6_k"), "int4"),
+        ("int4", ("iq4_xs", "q4_0"), ("iq4_xs", "q4_0")),
+        ("int4", ("mxfp4", "mxfp4"), ("mxfp4", "mxfp4")),
         ("int4", ("q4_k", None), "int4"),
         ("int4", ("q4_0", "q4_0"), INT4_SYMMETRIC),
         ("int4", ("q4_0", "q4_1"), "int4"),
@@ -125,11 +127,11 @@ def test_floats_keep_their_values(
 def test_a_type_that_no_format_holds_is_named(tiny_source: Callable[[], Source]) -> None:
     up = Parameter(name="up", shape=(2, OUTS, INPUTS), sources=("a", "b"))
     first, second = matrices(2)
-    tensors = {"a": tensor(first, "q4_k"), "b": tensor(second, None, "IQ4_XS")}
+    tensors = {"a": tensor(first, "q4_k"), "b": tensor(second, None, "IQ3_S")}
     plan = plan_weights(dataclasses.replace(tiny_source(), tensors=tensors), [up], tied=False)
     formats = with_source_formats(formats_of([up], SOURCE), plan)
     assert widened_remark(formats, plan) == (
-        "storing up in float32, because no block format represents b (IQ4_XS) exactly; --weights int8 takes less space"
+        "storing up in float32, because no block format represents b (IQ3_S) exactly; --weights int8 takes less space"
     )
 
 
@@ -197,6 +199,10 @@ def test_codes_never_change() -> None:
         "q4_k": 6,
         "q5_k": 7,
         "q6_k": 8,
+        "iq4_nl": 9,
+        "iq4_xs": 10,
+        "mxfp4": 11,
+        "e4m3": 12,
     }
 
 

@@ -370,6 +370,7 @@ def blocks(kind: str, low: int = -127, *, groups: int = 3) -> QuantisedBlocks:
         ("int8", blocks("q8_0")),
         ("int8", blocks("q5_0")),
         ("int8", blocks("q4_0")),
+        ("int8", blocks("iq4_nl")),
         ("int4", blocks("q4_0")),
         ("int4", blocks("q4_1")),
         (INT4_SYMMETRIC, blocks("q4_0")),
@@ -388,6 +389,7 @@ def test_blocks_are_stored_exactly(decode_blocks, name, given):
     [
         ("int8", blocks("q8_0", -128)),
         ("int8", blocks("q4_1")),
+        ("int8", blocks("iq4_xs")),
         ("int4", blocks("q8_0")),
         ("int4", blocks("q5_0")),
         ("int4", blocks("q5_1")),

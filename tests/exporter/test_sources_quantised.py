@@ -121,6 +121,7 @@ GPTQ4, AWQ4 = {"quant_method": "gptq", "bits": 4}, {"quant_method": "awq", "bits
 CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 V2 = {"checkpoint_format": "gptq_v2"}
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+WIDE_BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 GROUPS = {"config_groups": {"group_0": {"weights": {"num_bits": 8, "block_structure": [16, 32]}}}}
 CASES = {
     "gptq, 4 bits": (GPTQ4, gptq(rng(), 24, 64, 2, 4)),
@@ -238,6 +239,10 @@ INT8 = {"weight": rng().integers(-128, 128, (40, 48)).astype(np.int8)}
         (CT | GROUPS, INT8 | {"weight_scale": np.arange(1, 7, dtype=np.float16).reshape(3, 2)}, "q8_0"),
         (CT, INT8 | {"weight_scale": np.full((40, 1), 1e-9, np.float32)}, None),
         (CT, INT8 | {"weight_scale": np.ones((40, 3), np.float16)}, None),
+        (CT, CASES["compressed-tensors, fp8 by rows"][1][0], "e4m3"),
+        ({"quant_method": "fp8"}, CASES["fp8 with one scale"][1][0], "e4m3"),
+        (WIDE_BLOCKS, fp8(rng(), 150, 300, (128, 128))[0], "e4m3"),
+        (BLOCKS, CASES["fp8 in blocks"][1][0], None),
         (GPTQ4, symmetric(CASES["gptq, in the order of activations"][1][0]), None),
         (
             GPTQ4,
@@ -246,7 +251,7 @@ INT8 = {"weight": rng().integers(-128, 128, (40, 48)).astype(np.int8)}
         ),
     ],
 )
-def test_numbers_with_scales_in_half_precision_are_taken_over(
+def test_numbers_that_a_block_format_represents_are_taken_over(
     checkpoint, decode_blocks, quantization, stored, kind
 ) -> None:
     tensor = opened(checkpoint, quantization, stored).tensors[f"{BASE}.weight"]
@@ -256,6 +261,29 @@ def test_numbers_with_scales_in_half_precision_are_taken_over(
         blocks = tensor.blocks()
         assert blocks.format == kind
         np.testing.assert_array_equal(decode_blocks(blocks), tensor.read())
+
+
+@pytest.mark.parametrize("exponent", [-9, -6, 0, 8, 127, -100])
+def test_every_number_in_fp8(checkpoint, decode_blocks, exponent: int) -> None:
+    """All finite numbers, with subnormals, and scales of any magnitude whose products are finite."""
+    numbers = np.arange(256, dtype=np.uint8)
+    numbers[numbers & 127 == 127] = 0
+    weight = numbers.reshape(1, 256).repeat(17, 0).view(FP8)
+    scale = (np.linspace(1, 2, 17) * 2.0 ** min(exponent, 118)).astype(np.float32)[:, None]
+    tensor = opened(checkpoint, CT, {"weight": weight, "weight_scale": scale}).tensors[f"{BASE}.weight"]
+    found = decode_blocks(tensor.blocks())
+    np.testing.assert_array_equal(found, weight.astype(np.float32) * scale)
+    np.testing.assert_array_equal(found, tensor.read())
+
+
+def test_nan_in_fp8_is_refused(checkpoint) -> None:
+    weight = np.zeros((16, 32), FP8)
+    weight[3, 5] = np.nan
+    stored = {"weight": weight, "weight_scale": np.ones((1, 1), np.float32)}
+    tensor = opened(checkpoint, CT, stored).tensors[f"{BASE}.weight"]
+    with pytest.raises(PrecastError) as raised:
+        tensor.blocks()
+    assert str(raised.value) == f"{BASE}: expected numbers in weight, found NaN; fetch the checkpoint again."
 
 
 @pytest.mark.parametrize("sparsity", [{}, {"format": "dense"}])

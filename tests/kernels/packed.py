@@ -2,15 +2,24 @@
 
 from collections.abc import Sequence
 
+import ml_dtypes
 import numpy as np
 
-from precast.exporter.block_formats import BLOCK_FORMATS, GROUP, SUPER, UNIT, BlockFormat, Scales
+from precast.exporter.block_formats import (
+    BLOCK_FORMATS,
+    FLOAT_GROUP,
+    GROUP,
+    SUPER,
+    UNIT,
+    BlockFormat,
+    Scales,
+)
 from precast.exporter.quantize import FORMATS
 
 NAMES = (*FORMATS, *BLOCK_FORMATS)
 # The formats whose activations are quantised to 16 bits, and to 8 bits.
-WIDE = ("int8", "q8_0")
-NARROW = ("int4", "int4-symmetric", *(name for name in BLOCK_FORMATS if name != "q8_0"))
+WIDE = ("int8", "q8_0", "iq4_nl", "iq4_xs")
+NARROW = ("int4", "int4-symmetric", *(name for name in BLOCK_FORMATS if name not in (*WIDE, "e4m3")))
 
 
 def pack(name: str, stack: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -56,7 +65,7 @@ def random_records(rng: np.random.Generator, kind: BlockFormat, matrix: np.ndarr
         signs = rng.choice([-1.0, 1.0], (outs, n)) if signed else 1.0
         return (rng.uniform(0.5, 1.5, (outs, n)) * signs * factor).astype(np.float16)
 
-    groups, step = -(-size // GROUP), most / 2**kind.bits
+    groups, step = -(-size // GROUP), most / 2 ** (kind.bits if kind.codebook is None else 7)
     supers = -(-groups // SUPER)
     match kind.scales:
         case Scales.HALF:
@@ -73,7 +82,17 @@ def random_records(rng: np.random.Generator, kind: BlockFormat, matrix: np.ndarr
         case Scales.SUPER_OF_16:
             scales = rng.integers(-128, 128, (outs, 2 * groups), np.int8)
             coefficients = [halves(supers, step / 127, signed=True), scales]
+        case Scales.SUPER_SIGNED:
+            scales = rng.integers(-32, 32, (outs, groups), np.int8)
+            coefficients = [halves(supers, step / 31, signed=True), scales]
+        case Scales.EXPONENT:
+            exponent = int(np.floor(np.log2(max(most, 1e-30) / 12))) + 128
+            coefficients = [rng.integers(exponent - 1, exponent + 2, (outs, groups)).astype(np.uint8)]
+        case Scales.FLOAT:
+            coefficients = [halves(-(-size // FLOAT_GROUP), most / 448, signed=True).astype(np.float32)]
     codes = rng.integers(-128, 128, (outs, size), np.int8)
+    if kind.has_float_codes:
+        codes[codes & 127 == 127] = 0  # NaN
     if kind.bits < 8:
         codes = codes.view(np.uint8) & (2**kind.bits - 1)
         codes[:, :1] = 2**kind.bits - 1  # a row of zeros would allow a product no error
@@ -117,16 +136,25 @@ def _whole_numbers_in_blocks(
     kind: BlockFormat, values: np.ndarray, layer: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     has_minima = kind.scales in (Scales.HALF_AND_MINIMUM, Scales.SUPER)
-    if not has_minima:
-        values = values - 1  # -8 to 7
-    codes = (values + (7 if has_minima else kind.zero)).astype(np.int8 if kind.bits == 8 else np.uint8)
+    if kind.has_float_codes:
+        codes = values.astype(ml_dtypes.float8_e4m3fn).view(np.int8)
+    elif kind.codebook is not None:
+        integers = np.float32(kind.codebook)
+        codes = np.abs(values[..., None] - integers).argmin(axis=-1).astype(np.uint8)
+        values = integers[codes]
+    else:
+        if not has_minima:
+            values = values - 1  # -8 to 7
+        codes = (values + (7 if has_minima else kind.zero)).astype(np.int8 if kind.bits == 8 else np.uint8)
     records = []
     for i, matrix in enumerate(codes):
         shapes = kind.coefficient_shapes(matrix.shape[1])
         coefficients = [np.ones((len(matrix), n), dtype) for n, dtype in shapes]
         if has_minima:
             coefficients[-1][:] = -7 if kind.scales is Scales.HALF_AND_MINIMUM else 7
-        if i != layer:
+        if kind.scales is Scales.EXPONENT:
+            coefficients[0][:] = 128 if i == layer else 255
+        elif i != layer:
             coefficients[0][:] = np.nan
         records.append(kind.pack(matrix, *coefficients))
     return mixed([kind.name] * len(records), records), values

@@ -363,7 +363,7 @@ def test_embed_refuses_results(jax: ModuleType, refusal: Callable[..., str]) -> 
     ("table", "what"),
     [
         ([[2, 18], [0, 0]], "entry 1 has the unknown format 0"),
-        ([[2, 18], [9, 0]], "entry 1 has the unknown format 9"),
+        ([[2, 18], [13, 0]], "entry 1 has the unknown format 13; update precast"),
         ([[-1, 0], [2, 0]], "entry 0 has the unknown format -1"),
         ([[2, 19], [2, 0]], "entry 0 at unit 19 ends beyond the 36 units"),
         ([[2, -1], [2, 0]], "entry 0 at unit -1 ends beyond the 36 units"),

@@ -86,6 +86,23 @@ def _q6_k(blocks: np.ndarray) -> _Unpacked:
     return low | high << 4, (_halves(blocks, 208), np.ascontiguousarray(blocks[:, 192:208]).view(np.int8))
 
 
+def _iq4_nl(blocks: np.ndarray) -> _Unpacked:
+    return _nibbles(blocks[:, 2:]), (_halves(blocks, 0),)
+
+
+def _iq4_xs(blocks: np.ndarray) -> _Unpacked:
+    # A block stores eight 6-bit scales, each plus 32. The lower 4 bits of the scales are the nibbles of bytes 4 to 7.
+    # The upper 2 bits are in bytes 2 and 3, those of the first scale in the lowest bits.
+    low = blocks[:, 4:8, None] >> np.array([0, 4], np.uint8) & 15
+    high = blocks[:, 2:4, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
+    scales = (low.reshape(-1, 8) | high.reshape(-1, 8) << 4).view(np.int8) - np.int8(32)
+    return _nibbles(blocks[:, 8:].reshape(-1, 8, GROUP // 2)), (_halves(blocks, 0), scales)
+
+
+def _mxfp4(blocks: np.ndarray) -> _Unpacked:
+    return _nibbles(blocks[:, 1:]), (blocks[:, :1],)
+
+
 def _halves(blocks: np.ndarray, offset: int) -> np.ndarray:
     """Return the float16 that begins at byte `offset` of each block, ``[n, 1]``."""
     return np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2")
@@ -127,4 +144,7 @@ _LAYOUTS: Mapping[str, tuple[Callable[[np.ndarray], _Unpacked], int]] = {
     "q4_k": (_q4_k, _SUPER),
     "q5_k": (_q5_k, _SUPER),
     "q6_k": (_q6_k, _SUPER),
+    "iq4_nl": (_iq4_nl, GROUP),
+    "iq4_xs": (_iq4_xs, _SUPER),
+    "mxfp4": (_mxfp4, GROUP),
 }

@@ -1,4 +1,4 @@
-"""Weights quantised to integers, with a scale and a zero point for each group of inputs."""
+"""Weights of a checkpoint that are integers, with a scale and a zero point for each group of inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,25 +11,26 @@ from precast.loaders.artifact.errors import PrecastError
 from ...block_formats import BLOCK_FORMATS, GROUP
 from ..base import QuantisedBlocks, SourceTensor
 
-# The block formats in which a group has one scale and no minimum, from the smallest format to the largest.
+# The block formats whose codes are consecutive integers and whose groups have one scale and no minimum, smallest format
+# first.
 _SYMMETRIC = ("q4_0", "q5_0", "q8_0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Affine:
-    """A weight quantised to integers (its numbers), with a scale and a zero point for each group of inputs.
+    """A weight that consists of unsigned integers, and of a scale and a zero point for each group of inputs.
 
     Attributes:
-        fail: returns the error for numbers, scales or an index that contradict each other.
+        fail: returns the error for integers, scales and group indices that do not fit together.
         shape: ``[out, in]``.
-        dtype: the format, for messages.
-        bits: number of bits of each number.
+        dtype: name of the format, for messages.
+        bits: number of bits of each integer.
         groups: number of groups.
-        size: number of inputs in a group; 0 if the inputs divide evenly into the groups.
-        numbers: returns the numbers, uint8 ``[out, in]``.
-        zeros: returns the zero points, which are the numbers that represent 0, float32 ``[out, groups]``.
+        size: number of inputs in a group; 0 if all groups have the same number of inputs.
+        numbers: returns the integers, uint8 ``[out, in]``.
+        zeros: returns the zero points, which are the integers that represent 0, as float32 ``[out, groups]``.
         scales: returns the scales ``[out, groups]``.
-        index: returns the group of each input ``[in]``; None for groups of consecutive inputs.
+        index: returns the index of each input's group ``[in]``; None if each group consists of consecutive inputs.
     """
 
     fail: Callable[[str], PrecastError]
@@ -44,10 +45,10 @@ class Affine:
     index: Callable[[], np.ndarray] | None
 
     def source(self) -> SourceTensor:
-        """Return the weight as a tensor, with quantised blocks if a block format represents it exactly.
+        """Return the weight as a tensor. The tensor has blocks if a block format represents the weight exactly.
 
         Raises:
-            PrecastError: the inputs do not divide into the groups.
+            PrecastError: the number of inputs does not fit the number of groups.
         """
         inputs, groups, size = self.shape[1], self.groups, self.size
         if self.index is None and (-(-inputs // size) != groups if size else inputs % groups):
@@ -84,10 +85,10 @@ class Affine:
         return self.size or max(1, self.shape[1] // self.groups)
 
     def _block_format(self) -> str | None:
-        """Return the smallest block format that represents the weight exactly; None if there is none.
+        """Return the name of the smallest block format that represents the weight exactly; None if there is none.
 
-        A code is a number minus its zero point, so the format needs no minima. 4-bit numbers with any zero points fit
-        into q5_0.
+        The codes represent the differences between integers and zero points, so the format needs no minima. q5_0 can
+        represent the differences of 4-bit integers from any zero points.
         """
         inputs, size, zeros = self.shape[1], self._size, self.zeros()
         is_whole = -(-inputs // size) == self.groups and (size % GROUP == 0 or self.groups == 1)
@@ -98,6 +99,7 @@ class Affine:
         return next((kind for kind in _SYMMETRIC if -low <= _half(kind) and high < _half(kind)), None)
 
     def _blocks(self, kind: str) -> QuantisedBlocks:
+        """Return the weight in the block format `kind`, which must represent it exactly."""
         inputs, size = self.shape[1], self._size
         shift = (BLOCK_FORMATS[kind].zero - self.zeros()).astype(np.int16).astype(np.uint8)
         codes = self.numbers() + np.repeat(shift, size, axis=1)[:, :inputs]  # wraps around modulo 256
@@ -109,12 +111,12 @@ class Affine:
 
 
 def _half(kind: str) -> int:
-    """Return h, half the number of codes in a block format. The codes represent the integers from −h to h − 1."""
+    """Return half the number of codes of a block format, h. The codes represent the integers from −h to h − 1."""
     return 1 << BLOCK_FORMATS[kind].bits - 1
 
 
 def are_halves(scales: np.ndarray) -> bool:
-    """Return True if float16 represents all of these numbers exactly."""
+    """Return True if float16 can represent all scales exactly."""
     with np.errstate(over="ignore"):
         halves = scales.astype(np.float16).astype(np.float32)
     return np.array_equal(halves, scales.astype(np.float32))

@@ -1,21 +1,21 @@
 """Dequantise the weights of checkpoints in GPTQ, AWQ, FP8 or compressed-tensors format.
 
-The formats store a weight ``[out, in]`` as small numbers with scales, under names that begin like the weight's own. A
-weight is the product of a number and its scale, computed in float32. The formats' libraries also compute it in float16
-or bfloat16, and then round it.
+The formats store a matrix ``[out, in]`` as small numbers and scales, in several tensors. The names of these tensors
+begin like the name of the matrix. A weight is the product of a number and its scale. precast computes it in float32;
+the formats' own libraries may compute it in float16 or bfloat16, which rounds it.
 
-- GPTQ: each int32 of ``qweight [in·b/32, out]`` holds the b-bit numbers of consecutive inputs. Each int32 of
-  ``qzeros [groups, out·b/32]`` holds the b-bit zero points of consecutive outputs. ``scales`` is ``[groups, out]``, and
-  ``g_idx [in]`` contains the group of each input. Unless ``checkpoint_format`` is "gptq_v2", the stored zero points are
-  too small by one.
-- AWQ, version "gemm": ``qweight [in, out/8]`` and ``qzeros [groups, out/8]``. The outputs in an int32 have the order
-  `_AWQ_ORDER`. ``scales`` is ``[groups, out]``.
-- FP8: ``weight [out, in]`` in float8_e4m3, with ``weight_scale_inv`` for each block of ``weight_block_size``.
-- compressed-tensors: ``weight_packed [out, in·b/32]`` with ``weight_shape``, or ``weight`` in int8 or float8_e4m3;
-  ``weight_scale``, ``weight_zero_point`` and ``weight_g_idx``.
+- GPTQ: each int32 of ``qweight [in·b/32, out]`` contains b-bit numbers of consecutive inputs. Each int32 of
+  ``qzeros [groups, out·b/32]`` contains b-bit zero points of consecutive outputs, which are too small by 1 unless
+  ``checkpoint_format`` is "gptq_v2". ``scales`` is ``[groups, out]``. ``g_idx [in]`` is the group of each input.
+- AWQ, version "gemm": ``qweight [in, out/8]`` and ``qzeros [groups, out/8]``. An int32 contains numbers of eight
+  outputs, in the order `_AWQ_ORDER`. ``scales`` is ``[groups, out]``.
+- FP8: ``weight [out, in]`` in float8_e4m3fn, and ``weight_scale_inv`` with a scale for each block of
+  ``weight_block_size``.
+- compressed-tensors: ``weight_packed [out, in·b/32]`` and ``weight_shape``, or ``weight`` in int8 or float8_e4m3fn. The
+  tensors ``weight_scale``, ``weight_zero_point`` and ``weight_g_idx`` belong to either.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,15 +23,15 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
-from ...block_formats import GROUP
+from ...block_formats import FLOAT_GROUP, GROUP
 from ..base import QuantisedBlocks, SourceTensor
 from .affine import Affine, are_halves
 
-# The half byte that holds each of eight consecutive outputs, counted from the lowest bits of an int32.
+# For each of eight consecutive outputs, the half byte of an int32 that contains it, counted from the lowest bits.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _WORD_BITS = 32
 _BITS = (1, 2, 4, 8)
-# Endings of tensors that only concern activations.
+# Endings of the names of tensors that only concern activations.
 _ACTIVATIONS = (
     ".input_scale",
     ".input_zero_point",
@@ -40,7 +40,7 @@ _ACTIVATIONS = (
     ".k_scale",
     ".v_scale",
 )
-# Formats of compressed-tensors whose weights the docstring describes; a config may leave its format out.
+# The readable formats of compressed-tensors; None for a config that names no format.
 _COMPRESSED = (
     None,
     "pack-quantized",
@@ -54,13 +54,13 @@ _REMEDY = "fetch the checkpoint again"
 
 @dataclass(frozen=True, kw_only=True)
 class RawTensor:
-    """A tensor as it is stored.
+    """A tensor of a checkpoint, before any conversion.
 
     Attributes:
-        where: its file, for messages.
-        shape: its shape.
-        dtype: its type in safetensors' terms, such as "F16", "I32" or "F8_E4M3".
-        read: returns the array in the stored type.
+        where: path of the file, for messages.
+        shape: shape of the tensor.
+        dtype: safetensors' name of the type, such as "F16", "I32" or "F8_E4M3".
+        read: returns the array in this type.
     """
 
     where: str
@@ -71,14 +71,14 @@ class RawTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantisation:
-    """The quantisation of a checkpoint's weights, as the checkpoint's config describes it.
+    """The quantisation that a checkpoint's config describes.
 
     Attributes:
         method: "gptq", "awq", "fp8" or "compressed-tensors".
-        bits: number of bits in a packed number; 0 to derive it from the shapes.
-        zero_offset: added to stored zeros.
-        group: number of inputs that share a scale if there is no index; 0 to derive it from the shapes.
-        block: numbers of rows and columns that share a scale; None to derive them from the shapes.
+        bits: number of bits of a packed number; 0 if it follows from the shapes.
+        zero_offset: the number to add to stored zero points.
+        group: number of consecutive inputs that share a scale; 0 if it follows from the shapes.
+        block: rows and columns of a block that shares a scale; None if they follow from the shapes.
     """
 
     method: str
@@ -89,7 +89,7 @@ class Quantisation:
 
 
 def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation | None:
-    """Return the quantisation that the keys of ``quantization_config`` describe; None if it is not supported."""
+    """Return the quantisation that a ``quantization_config`` describes; None if precast cannot read it."""
     bits = config.get("bits", config.get("w_bit", 4))
     match method:
         case "gptq" if bits in (2, 4, 8) and isinstance(bits, int):
@@ -109,13 +109,13 @@ def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation |
 
 
 def _group_size(config: Mapping[str, object]) -> int:
-    """Return the number of inputs in a group; 0 if the config omits it, or puts all inputs in one group (-1)."""
+    """Return the number of inputs in a group; 0 if the config does not state it, or if it is -1 (a single group)."""
     size = config.get("group_size", config.get("q_group_size"))
     return size if type(size) is int and size > 0 else 0
 
 
 def _is_readable(config: Mapping[str, object]) -> bool:
-    """Return True if the config of compressed-tensors describes dense weights in a known format, without transforms."""
+    """Return True if a config of compressed-tensors has a known format, and neither sparse nor transformed weights."""
     sparsity = config.get("sparsity_config") or {"format": "dense"}
     is_dense = isinstance(sparsity, dict) and sparsity.get("format") in (None, "dense")
     # A transform rotates the activations at run time, so the weights alone are not the model.
@@ -123,7 +123,7 @@ def _is_readable(config: Mapping[str, object]) -> bool:
 
 
 def _block_structure(groups: object) -> object:
-    """Return the `block_structure` of the first group of compressed-tensors' config that has one."""
+    """Return the first `block_structure` in the ``config_groups`` of compressed-tensors; None if there is none."""
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict) and weights.get("block_structure"):
@@ -132,6 +132,7 @@ def _block_structure(groups: object) -> object:
 
 
 def _block(size: object) -> tuple[int, int] | None:
+    """Return the rows and columns of a block; None if `size` is not a list of two positive integers."""
     match size:
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
             return rows, columns
@@ -139,12 +140,10 @@ def _block(size: object) -> tuple[int, int] | None:
 
 
 def dequantised(raw: Mapping[str, RawTensor], quantisation: Quantisation) -> dict[str, SourceTensor]:
-    """Return a quantised checkpoint's tensors; each quantised weight has the name that it has in other checkpoints.
-
-    Tensors in float16, bfloat16 or float32 that belong to no quantised weight are returned as they are.
+    """Return the tensors of a quantised checkpoint by name, as if the checkpoint were not quantised.
 
     Raises:
-        PrecastError: a tensor that belongs to a quantised weight is missing, or has the wrong type or shape.
+        PrecastError: a tensor is missing, or has the wrong type or shape.
     """
     left = {name: tensor for name, tensor in raw.items() if not name.endswith(_ACTIVATIONS)}
     found: dict[str, SourceTensor] = {}
@@ -165,18 +164,23 @@ def dequantised(raw: Mapping[str, RawTensor], quantisation: Quantisation) -> dic
 
 
 class _Parts:
-    """The tensors that store one weight. Taking a tensor removes it from `left`.
+    """The tensors that store one quantised weight.
 
     Args:
-        left: the tensors that are not assigned to a weight yet.
-        base: the common beginning of the names of the weight's tensors.
+        left: the checkpoint's tensors that no weight has taken yet. Taking a tensor removes it from this dictionary.
+        base: the common beginning of the tensors' names.
     """
 
     def __init__(self, left: dict[str, RawTensor], base: str) -> None:
         self._left, self._base = left, base
 
     def take(self, ending: str, dtypes: tuple[str, ...], axes: int | None = 2) -> RawTensor:
-        """Return a tensor of one of these types, with this number of axes if it is not None.
+        """Remove and return the tensor with this ending.
+
+        Args:
+            ending: the end of the tensor's name.
+            dtypes: the permitted types.
+            axes: the required number of axes; None for any.
 
         Raises:
             PrecastError: the tensor is missing, or has another type or number of axes.
@@ -189,7 +193,7 @@ class _Parts:
         return tensor
 
     def find(self, ending: str, dtypes: tuple[str, ...], axes: int | None = 2) -> RawTensor | None:
-        """Return the tensor as `take` does, or None if it is missing."""
+        """Remove and return the tensor with this ending, as `take` does; return None if it is missing."""
         tensor = self._left.pop(self._base + ending, None)
         if tensor is not None and (
             tensor.dtype not in dtypes or (axes is not None and len(tensor.shape) != axes)
@@ -202,7 +206,11 @@ class _Parts:
         return tensor
 
     def fail(self, what: str) -> PrecastError:
-        """Return the error about shapes that do not fit together."""
+        """Return an error about this weight.
+
+        Args:
+            what: the fault, as "expected …, found …".
+        """
         return PrecastError(f"{self._base}: {what}; {_REMEDY}.")
 
 
@@ -330,7 +338,7 @@ def _packed(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
 
 
 def _scaled(quantisation: Quantisation, ending: str, parts: _Parts) -> SourceTensor:
-    # With the method "fp8", a byte of an int8 weight holds two numbers of 4 bits.
+    # With the method "fp8", a byte of an int8 weight contains two 4-bit numbers, which precast does not read.
     types = ("F8_E4M3",) if quantisation.method == "fp8" else ("F8_E4M3", "I8")
     weight = parts.take(".weight", types)
     scales = parts.take(ending, _FLOATS, None)
@@ -339,7 +347,8 @@ def _scaled(quantisation: Quantisation, ending: str, parts: _Parts) -> SourceTen
         _spread(n, count, quantisation.block, axis)
         for axis, (n, count) in enumerate(zip(weight.shape, (1, 1, *scales.shape)[-2:], strict=True))
     ]
-    is_ambiguous = len(scales.shape) == 1 and scales.shape != (1,)  # of the outputs or of the inputs
+    # One axis of scales could belong to the outputs or to the inputs.
+    is_ambiguous = len(scales.shape) == 1 and scales.shape != (1,)
     if (
         len(scales.shape) > 2
         or is_ambiguous
@@ -352,11 +361,7 @@ def _scaled(quantisation: Quantisation, ending: str, parts: _Parts) -> SourceTen
         )
 
     def spread(coefficients: np.ndarray) -> np.ndarray:
-        whole = coefficients.astype(np.float32).reshape((1, 1, *scales.shape)[-2:])
-        for axis, size in enumerate(sizes):
-            if size is not None and size != weight.shape[axis]:
-                whole = np.repeat(whole, size, axis)
-        return whole[: weight.shape[0], : weight.shape[1]]
+        return _spread_blocks(coefficients.astype(np.float32), weight.shape, sizes)
 
     def read() -> np.ndarray:
         numbers = weight.read().astype(np.float32)
@@ -365,24 +370,61 @@ def _scaled(quantisation: Quantisation, ending: str, parts: _Parts) -> SourceTen
         numbers *= spread(scales.read())
         return numbers
 
+    is_float = weight.dtype == "F8_E4M3"
+    group = FLOAT_GROUP if is_float else GROUP
+
     def blocks() -> QuantisedBlocks:
-        scale = np.broadcast_to(spread(scales.read()), weight.shape)[:, ::GROUP].astype(np.float16)
-        return QuantisedBlocks(format="q8_0", codes=weight.read(), coefficients=(scale,))
+        codes, scale = weight.read().view(np.int8), spread(scales.read())
+        if is_float and (codes & 127 == 127).any():
+            raise parts.fail("expected numbers in weight, found NaN")
+        scale = np.broadcast_to(scale, weight.shape)[:, ::group]
+        return QuantisedBlocks(
+            format="e4m3" if is_float else "q8_0",
+            codes=codes,
+            coefficients=(scale.astype(np.float32 if is_float else np.float16),),
+        )
 
     rows, columns = weight.shape
-    has_groups = sizes[1] is not None and (sizes[1] == columns or sizes[1] % GROUP == 0)
-    is_exact = weight.dtype == "I8" and zeros is None and has_groups and are_halves(scales.read())
+    has_groups = sizes[1] is not None and (sizes[1] == columns or sizes[1] % group == 0)
+    is_exact = zeros is None and has_groups and (is_float or are_halves(scales.read()))
     return SourceTensor(
         shape=(rows, columns),
-        dtype="FP8" if weight.dtype == "F8_E4M3" else "8 bits",
+        dtype="FP8" if is_float else "8 bits",
         read=read,
-        block_format="q8_0" if is_exact else None,
+        block_format=("e4m3" if is_float else "q8_0") if is_exact else None,
         blocks=blocks if is_exact else None,
     )
 
 
+def _spread_blocks(
+    coefficients: np.ndarray, shape: tuple[int, ...], sizes: Sequence[int | None]
+) -> np.ndarray:
+    """Repeat the coefficients of blocks for every element of a matrix.
+
+    Args:
+        coefficients: one for each block, ``[…]`` with up to two axes.
+        shape: shape of the matrix.
+        sizes: rows and columns of a block. An axis that is a single block is not repeated.
+    """
+    whole = coefficients.reshape((1, 1, *coefficients.shape)[-2:])
+    for axis, size in enumerate(sizes):
+        if size is not None and size != shape[axis]:
+            whole = np.repeat(whole, size, axis)
+    return whole[: shape[0], : shape[1]]
+
+
 def _spread(size: int, scales: int, block: tuple[int, int] | None, axis: int) -> int | None:
-    """Return the number of consecutive elements of an axis that share a scale; None if the counts do not fit."""
+    """Return the number of consecutive elements of an axis that share a scale.
+
+    Args:
+        size: number of elements of the axis.
+        scales: number of scales along the axis.
+        block: rows and columns of a block that shares a scale; None if the config does not state them.
+        axis: 0 for the outputs, 1 for the inputs.
+
+    Returns:
+        The number; None if `scales` fits neither the block nor equal parts of the axis.
+    """
     if scales == 1:
         return size
     if block is not None and -(-size // block[axis]) == scales:
@@ -391,7 +433,7 @@ def _spread(size: int, scales: int, block: tuple[int, int] | None, axis: int) ->
 
 
 def _unpacked(words: np.ndarray, bits: int) -> np.ndarray:
-    """Return the numbers in the last axis of int32 words, lowest bits first: ``[…, n]`` → uint8 ``[…, n·32/bits]``."""
+    """Unpack the numbers of int32 words, lowest bits first: ``[…, n]`` → uint8 ``[…, n·32/bits]``."""
     shifts = np.arange(0, _WORD_BITS, bits, dtype=np.uint32)
     unsigned = np.ascontiguousarray(words).view(np.uint32)
     numbers = np.empty((*words.shape, len(shifts)), np.uint8)

@@ -127,24 +127,27 @@ void CheckBlocks(const Ops& ops, const BlockFormat& format, int64_t rows, int64_
   const int64_t panels = skipped + (outs + kPanel - 1) / kPanel, bytes = format.RecordBytes(groups);
   Array<unsigned char> records(panels * bytes);
   for (int64_t i = 0; i < records.size; ++i) {
-    const bool is_upper_half = i % bytes % 2 == 1 && i % bytes < format.CoefficientBytes(groups);
-    records[i] = static_cast<unsigned char>(Between(0, 255) & (is_upper_half ? 0xbb : 0xff));  // halves below 2
+    const bool is_coefficient = i % bytes < format.CoefficientBytes(groups), is_upper_half = i % bytes % 2 == 1;
+    // Halves below 2, or exponents of powers below 2^32.
+    const int64_t kept = format.scales == Scales::kExponent ? 0x9f : is_upper_half ? 0xbb : 0xff;
+    records[i] = static_cast<unsigned char>(Between(0, 255) & (is_coefficient ? kept : 0xff));
   }
   const Weight w = {
       .format = Format::kBlocks, .blocks = &format, .values = records.get(), .outs = kPanel * skipped + outs};
+  const bool is_narrow = !w.IsWide() && !w.TakesFloats();
   Array<int16_t> q(w.IsWide() ? rows * pad : 0);
-  Array<int8_t> quantised(w.IsWide() ? 0 : rows * pad);
+  Array<int8_t> quantised(is_narrow ? rows * pad : 0);
   Floats x = Floats::Normal(rows * in), scale(rows), group_scale(rows * groups), sums(rows * groups);
   Floats half_sums(w.HasHalfScales() ? 2 * rows * groups : 0), y(rows * outs), alone(outs);
   const QuantizedRows view = {.q = w.IsWide() ? q.get() : nullptr,
                               .scale = scale.get(),
-                              .bytes = w.IsWide() ? nullptr : quantised.get(),
+                              .bytes = is_narrow ? quantised.get() : nullptr,
                               .group_scale = group_scale.get(),
                               .sums = sums.get(),
                               .half_sums = w.HasHalfScales() ? half_sums.get() : nullptr,
                               .in_pad = pad};
   for (int64_t row = 0; row < rows; ++row) ops.linear.quantize(x.get() + row * in, in, row, view);
-  const LinearRows all = {nullptr, in, view};
+  const LinearRows all = {w.TakesFloats() ? x.get() : nullptr, in, view};
   ops.linear.product(w, all, 0, rows, kPanel * skipped, outs, y.get(), outs);
   for (int64_t row = 0; row < rows; ++row) {
     ops.linear.product(w, all, row, 1, kPanel * skipped, outs, alone.get(), outs);
