@@ -39,12 +39,7 @@ def with_budget(
         PrecastError: the budget is too small, the text is too short, or its inputs are too large for float32.
     """
     parameters = plan.stored.parameters
-    count = sum(p.size for p in parameters)
-    smallest = stored_bytes(parameters, plan.stored.formats)
-    budget = int(bits * count / 8)
-    if budget < smallest:
-        least = np.ceil(100 * 8 * smallest / count) / 100
-        raise PrecastError(f"--bits: expected at least {least:g} for this model, found {bits:g}; raise it.")
+    spare = check_budget(plan, bits)
     model = open_model(plan)
     windows = cut_windows(model, text)[:_WINDOWS]
     candidates = [BLOCK_FORMATS[name] for name in BUDGET_FORMATS]
@@ -54,14 +49,30 @@ def with_budget(
         check_triangle(triangle, text, name)
     found = [each for each in found if not isinstance(plan.stored.formats[each.parameter.name], str)]
     sizes = [_sizes(each) for each in found]
-    spare = budget - smallest + sum(each[0] for each in sizes)
-    chosen = cheapest(sizes, [_losses(plan, each) for each in found], spare)
+    budget = spare + sum(each[0] for each in sizes)
+    chosen = cheapest(sizes, [_losses(plan, each) for each in found], budget)
     formats = dict(plan.stored.formats)
     for each, option in zip(found, chosen, strict=True):
         own = list(formats[each.parameter.name])
         own[each.sources.start : each.sources.stop] = [BUDGET_FORMATS[option]] * len(each.sources)
         formats[each.parameter.name] = tuple(own)
     return replace(plan, stored=replace(plan.stored, formats=formats)), triangles
+
+
+def check_budget(plan: ExportPlan, bits: float) -> int:
+    """Check that a plan with the smallest formats fits a budget of `bits` per weight; return the bytes left over.
+
+    Raises:
+        PrecastError: the budget is too small.
+    """
+    parameters = plan.stored.parameters
+    count = sum(p.size for p in parameters)
+    smallest = stored_bytes(parameters, plan.stored.formats)
+    spare = int(bits * count / 8) - smallest
+    if spare < 0:
+        least = np.ceil(100 * 8 * smallest / count) / 100
+        raise PrecastError(f"--bits: expected at least {least:g} for this model, found {bits:g}; raise it.")
+    return spare
 
 
 def _sizes(item: Sensitivity) -> list[int]:

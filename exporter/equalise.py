@@ -27,13 +27,16 @@ from .models.blocks import DecoderConfig
 from .models.parameters import EXPERTS, LAYERS, Parameter
 from .models.tensors import scale
 from .plan import ExportPlan
+from .quantize import BUDGET_FORMATS
 from .sources.base import SourceTensor
-from .weights import check_array
+from .weights import FOUR_BITS, check_array
 
 # Maximum number of the text's windows on which the importance is measured.
 _WINDOWS = 4
 # Importances and mean squares count as at least this share of their mean, so that no factor is extreme.
 _LEAST = 1e-4
+# The block formats of which a calibrated export may keep the exact values. All others are rounded again.
+_KEPT = FOUR_BITS.union(BUDGET_FORMATS)
 _TINY = 1e-30
 
 
@@ -57,7 +60,7 @@ class Link:
 def equalised(plan: ExportPlan, text: CalibrationText, progress: Progress = silent) -> ExportPlan:
     """Scale the source tensors of a plan's layers, so that their matrices lose less when they are rounded.
 
-    Matrices that the source stores in a block format keep their values, because another rounding could lose more.
+    Matrices in a block format that the export may keep are not scaled, because another rounding could lose more.
 
     Args:
         plan: the plan.
@@ -145,8 +148,8 @@ def _weights(prefix: str, link: Link) -> list[str]:
 
 
 def _is_scalable(tensors: Mapping[str, SourceTensor], prefix: str, link: Link) -> bool:
-    """Return True if the source stores none of a link's tensors in a block format."""
-    return all(tensors[name].block_format is None for name in _weights(prefix, link))
+    """Return True if the source stores none of a link's tensors in a block format that an export may keep."""
+    return not any(tensors[name].block_format in _KEPT for name in _weights(prefix, link))
 
 
 def _scale(tensors: dict[str, SourceTensor], prefix: str, link: Link, factors: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest, Target
 from precast.loaders.progress import Progress, byte_counter, silent
 
 from . import texts
-from .budget import with_budget
+from .budget import check_budget, with_budget
 from .calibration import (
     CalibrationText,
     calibrated_parameters,
@@ -63,6 +63,8 @@ def export(
     """
     # 1. Check everything that can be checked before writing.
     plan = make_plan(source, options)
+    if options.bits is not None:
+        check_budget(plan, options.bits)
     for remark in plan.remarks:
         log(remark)
     with folders.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("the export"):

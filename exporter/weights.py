@@ -12,7 +12,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import ALIGNMENT, TensorSpec, aligned_zeros, write_weights
 
 from . import block_quantise
-from .block_formats import BLOCK_FORMATS, UNIT, BlockFormat
+from .block_formats import BLOCK_FORMATS, UNIT, BlockFormat, Scales
 from .mixed import ParameterFormat, stored_arrays, table
 from .models.parameters import Parameter, unknown_sources
 from .models.tensor_names import HEAD
@@ -27,7 +27,9 @@ _VOCABULARY = ("model.embed_tokens.weight", HEAD)
 # A mixture's router stays float32, because it is small, and rounding it could choose the wrong experts.
 _ROUTER = ".mlp.gate.weight"
 _MATRIX_AXES = 3  # a stack [L, out, in]
-_FOUR_BITS = frozenset(name for name, kind in BLOCK_FORMATS.items() if kind.bits == 4)
+# The largest coefficients with which kernels can scale every code without leaving float32, where float32 is not enough.
+_LARGEST = {Scales.EXPONENT: 252, Scales.FLOAT: float(np.finfo(np.float32).max) / 448}
+FOUR_BITS = frozenset(name for name, kind in BLOCK_FORMATS.items() if kind.bits == 4)
 _FLOATS = frozenset({"float32", "f32", "float16", "f16", "bfloat16", "bf16", "float64", "f64"})
 
 
@@ -219,7 +221,7 @@ def _with_source_format(
     if chosen == "int4" and complete:
         if set(own) == {"q4_0"}:
             return INT4_SYMMETRIC
-        if set(own) <= _FOUR_BITS and not set(own) <= set(INT4.takes):
+        if set(own) <= FOUR_BITS and not set(own) <= set(INT4.takes):
             return own
     return chosen
 
@@ -379,7 +381,8 @@ def repack(
 
 def _check_blocks(name: str, blocks: QuantisedBlocks, shape: tuple[int, ...]) -> None:
     _check_shape(name, blocks.codes.shape, shape)
-    if not all(np.isfinite(each).all() for each in blocks.coefficients):
+    largest = _LARGEST.get(BLOCK_FORMATS[blocks.format].scales, np.finfo(np.float32).max)
+    if not all((np.abs(each.astype(np.float32)) <= largest).all() for each in blocks.coefficients):
         _refuse_not_finite(name)
 
 

@@ -18,6 +18,8 @@ from .output_head import Bind, blockwise_logits, head_of
 MANY_WEIGHTS = 1_000_000_000
 # Large models pad each sequence to a multiple of this many tokens; small models pad all sequences to one length.
 _STEP = 64
+# Sequences run together if they have at most this many tokens, with padding.
+_TOGETHER = 1024
 
 
 def answer_logits(
@@ -48,8 +50,12 @@ def answer_logits(
         padded = np.zeros((len(members), length), np.int32)
         for row, i in zip(padded, members, strict=True):
             row[: len(sequences[i])] = sequences[i]
-        for i, hidden in zip(members, run(padded, *arrays.values()), strict=True):
-            rows[i] = hidden[firsts[i] : len(sequences[i]) - 1]
+        # Together, long sequences would need much memory for the scores of their attention.
+        size = len(members) if padded.size <= _TOGETHER else 1
+        for at in range(0, len(members), size):
+            found = run(padded[at : at + size], *arrays.values())
+            for i, hidden in zip(members[at : at + size], found, strict=True):
+                rows[i] = hidden[firsts[i] : len(sequences[i]) - 1]
     ordered = [rows[i] for i in range(len(sequences))]
     head = head_of(model.spec)
     logits = blockwise_logits(
@@ -67,7 +73,8 @@ def by_length(model: StoredModel, lengths: Sequence[int]) -> dict[int, list[int]
     step = max(lengths) if sum(p.size for p in model.parameters) < MANY_WEIGHTS else _STEP
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
-        groups.setdefault(-(-length // step) * step, []).append(i)
+        # The longest sequence fits the context, but the next multiple may not.
+        groups.setdefault(min(-(-length // step) * step, max(lengths)), []).append(i)
     return groups
 
 

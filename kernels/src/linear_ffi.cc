@@ -119,7 +119,7 @@ float BlockElement(const Weight& w, int64_t o, int64_t k, int64_t in) {
       return half(g / kSuper) * static_cast<float>((six ^ 32) - 32) * value;
     }
     case Scales::kFloat: break;
-    case Scales::kExponent: return std::ldexp(value, record[g * kPanel + lane] - 128);
+    case Scales::kExponent: return std::ldexp(value, static_cast<uint8_t>(record[g * kPanel + lane]) - 128);
   }
   return 0.0f;
 }

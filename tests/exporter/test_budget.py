@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from precast.exporter import export
 from precast.exporter.block_formats import BLOCK_FORMATS
 from precast.exporter.budget import cheapest
 from precast.exporter.calibration import cut_windows, open_model, read_calibration_text
@@ -137,8 +138,13 @@ def logits(model: Any) -> np.ndarray:
 
 
 def test_a_budget_below_the_smallest_format_is_refused(
-    export_refusal: Callable[..., str], tiny_source: Callable[..., Any], text: Path
+    export_refusal: Callable[..., str],
+    tiny_source: Callable[..., Any],
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The refusal comes before the long work.
+    monkeypatch.setattr(export, "equalised", lambda *_: pytest.fail("the inputs were equalised first"))
     options = ExportOptions(buckets=(8,), context=64, bits=4.25, calibrate=text)
     found = export_refusal(tiny_source(), options)
     assert found.startswith("--bits: expected at least ")

@@ -16,6 +16,7 @@ from precast.exporter.calibration import CalibrationText, open_model, read_calib
 from precast.exporter.equalise import Link, equalised, links
 from precast.exporter.options import ExportOptions
 from precast.exporter.plan import ExportPlan, make_plan
+from precast.exporter.sources.base import SourceTensor
 from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 
@@ -105,6 +106,18 @@ def lost(name: str, x: np.ndarray, matrix: np.ndarray) -> float:
     triangle = gptq.compensation(jnp.asarray(x.T @ x))
     decoded = stored.decode(stored.pack(*gptq.quantise(matrix.copy(), triangle, stored)), *matrix.shape)
     return float(np.square(x @ (decoded - matrix).T).sum())
+
+
+def test_only_formats_that_an_export_may_keep_are_left_alone() -> None:
+    def tensors(block_format: str | None) -> dict[str, SourceTensor]:
+        stored = SourceTensor(
+            shape=(4, 4), dtype="any", read=lambda: np.ones((4, 4)), block_format=block_format
+        )
+        return {"0.up.weight": stored, "0.down.weight": stored}
+
+    link = Link(before="up", behind=("down",))
+    found = {f: equalise._is_scalable(tensors(f), "0.", link) for f in (None, "e4m3", "q5_0", "q4_1", "q8_0")}
+    assert found == {None: True, "e4m3": True, "q5_0": True, "q4_1": False, "q8_0": False}
 
 
 def test_heads_that_share_values_share_factors() -> None:

@@ -6,12 +6,14 @@ import weakref
 import numpy as np
 import pytest
 
+from precast.exporter.block_formats import BLOCK_FORMATS
 from precast.exporter.models.parameters import Parameter
 from precast.exporter.quantize import FORMATS, INT4_SYMMETRIC, SOURCE, WEIGHTS
 from precast.exporter.sources.base import QuantisedBlocks, SourceTensor
 from precast.exporter.weights import (
     formats_of,
     plan_weights,
+    repack_records,
     stored_bytes,
     with_source_formats,
     write_model_weights,
@@ -362,6 +364,23 @@ def test_blocks_with_scales_that_are_not_finite_are_refused(tiny_source, tmp_pat
     blocks = dataclasses.replace(blocks, coefficients=tuple(coefficients))
     with pytest.raises(PrecastError, match=r"^up: the tensor contains values that are not finite numbers"):
         write_blocks(tmp_path / "w", blocky(tiny_source, blocks), "int4")
+
+
+@pytest.mark.parametrize(("kind", "coefficient"), [("mxfp4", np.uint8(253)), ("e4m3", np.float32(1e36))])
+def test_blocks_whose_products_overflow_are_refused(kind, coefficient):
+    codes = np.zeros((3, 32), np.int8 if kind == "e4m3" else np.uint8)
+    blocks = QuantisedBlocks(format=kind, codes=codes, coefficients=(np.full((3, 1), coefficient),))
+    tensor = SourceTensor(
+        shape=(3, 32),
+        dtype=kind,
+        read=lambda: pytest.fail("the blocks were dequantised"),
+        block_format=kind,
+        blocks=lambda: blocks,
+    )
+    with pytest.raises(PrecastError, match=r"^up: the tensor contains values that are not finite numbers"):
+        repack_records("up", tensor, BLOCK_FORMATS[kind], (3, 32))
+    blocks.coefficients[0][:] = coefficient - 1 if kind == "mxfp4" else coefficient / 10
+    assert repack_records("up", tensor, BLOCK_FORMATS[kind], (3, 32)) is not None
 
 
 def test_blocks_of_another_shape_are_caught(tiny_source, tmp_path):

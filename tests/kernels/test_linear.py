@@ -354,3 +354,18 @@ def test_embed(name: str, embed: Callable[..., Any], vocab: int, width: int) -> 
     tokens = np.int32([0, vocab - 1, *rng.integers(0, vocab, 30)])
     np.testing.assert_array_equal(embed(tokens, arrays, vocab, width), table[0][tokens].astype(np.float32))
     assert embed(tokens[:0], arrays, vocab, width).shape == (0, width)
+
+
+def test_every_exponent_of_mxfp4(isa: str, embed: Callable[..., Any], linear: Linear) -> None:
+    """Exponents from 253 on overflow float32; products with 0 and 1 are subnormal, and count as zero."""
+    kind, exponents = BLOCK_FORMATS["mxfp4"], np.arange(2, 253)
+    codes = np.tile(np.arange(32) % 16, (len(exponents), 1)).astype(np.uint8)
+    records = kind.pack(codes, exponents[:, None].astype(np.uint8))
+    expected = kind.decode(records, len(exponents), 32)
+    arrays = mixed(["mxfp4"], [records])
+    tokens = np.arange(len(exponents), dtype=np.int32)
+    np.testing.assert_array_equal(embed(tokens, arrays, len(exponents), 32), expected)
+    x = np.zeros((1, 32), np.float32)
+    x[0, 7] = 127  # the largest activation stands for itself
+    found = linear(x, 0, [arrays], [len(exponents)])[0][0]
+    np.testing.assert_allclose(found[:-7], 127 * expected[:-7, 7], rtol=1e-6)
