@@ -6,8 +6,9 @@ scale, so each of them has about the same rounding error, and the factors decide
 
 Let h_j be the importance of input j, by which its squared errors count, a_j² the mean square of column j, and s_j its
 factor. The loss of a group is about proportional to Σ h_j / s_j² · Σ a_j² s_j², because the group's scale grows with
-its weights. By the Cauchy–Schwarz inequality, the loss is smallest for s_j⁴ = h_j / a_j². The idea is that of AWQ (Lin
-et al. 2023, https://arxiv.org/abs/2306.00978), which searches for factors; the importance is that of GPTQ.
+its weights. By the Cauchy–Schwarz inequality, the loss is smallest for s_j⁴ = h_j / a_j². This estimate is rough, so
+the powers 0, 1/2 and 1 of the factors are tried on some rows. Weights on the grid of a format lose least without any.
+The idea is that of AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978); the importance is that of GPTQ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,15 @@ import numpy as np
 from precast.loaders.progress import Progress, Step, silent
 
 from . import gptq
+from .block_formats import BLOCK_FORMATS, BlockFormat
+from .block_quantise import quantise
 from .calibration import CalibrationText, check_triangle, cut_windows, grams, open_model
 from .devices import on_cpu_in_float32
 from .models.blocks import DecoderConfig
 from .models.parameters import EXPERTS, LAYERS, Parameter
 from .models.tensors import scale
 from .plan import ExportPlan
-from .quantize import BUDGET_FORMATS
+from .quantize import BUDGET_FORMATS, INT4_BLOCKS, MIXED
 from .sources.base import SourceTensor
 from .weights import FOUR_BITS, check_array
 
@@ -38,6 +41,8 @@ _LEAST = 1e-4
 # The block formats of which a calibrated export may keep the exact values. All others are rounded again.
 _KEPT = FOUR_BITS.union(BUDGET_FORMATS)
 _TINY = 1e-30
+# The powers of the factors to try, and at most about this many rows of a matrix to try them on.
+_POWERS, _ROWS = (0.0, 0.5, 1.0), 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,7 @@ def equalised(plan: ExportPlan, text: CalibrationText, progress: Progress = sile
     known = links(parameters, plan.spec.config)
     if not any(_is_scalable(tensors, prefix, link) for prefix in prefixes for link in known):
         return plan
+    smallest = BLOCK_FORMATS[BUDGET_FORMATS[0]] if plan.weights == MIXED else INT4_BLOCKS
     model = open_model(plan)
     windows = cut_windows(model, text)[:_WINDOWS]
     with on_cpu_in_float32():
@@ -95,8 +101,10 @@ def equalised(plan: ExportPlan, text: CalibrationText, progress: Progress = sile
                         continue
                     triangle = gptq.compensation(gram)
                     check_triangle(triangle, text, f"layer {layer}")
-                    factors = _factors(link, 1 / np.diag(triangle) ** 2, [arrays[i][0] for i in places])
-                    _scale(tensors, prefix, link, factors)
+                    matrices = [arrays[i][0] for i in places]
+                    factors = _best(link, 1 / np.diag(triangle) ** 2, matrices, smallest)
+                    if factors is not None:
+                        _scale(tensors, prefix, link, factors)
             x = run(x, *around, *arrays).block_until_ready()
     return replace(plan, weight_plan=replace(plan.weight_plan, tensors=tensors))
 
@@ -142,6 +150,37 @@ def _factors(link: Link, importance: np.ndarray, matrices: Sequence[np.ndarray])
     return factors
 
 
+def _best(
+    link: Link, importance: np.ndarray, matrices: Sequence[np.ndarray], block_format: BlockFormat
+) -> np.ndarray | None:
+    """Return the power of `_factors` with which the matrices lose least in a format; None if it is 0."""
+    factors = _factors(link, importance, matrices)
+    tried = [factors ** np.float32(power) for power in _POWERS]
+    losses = [
+        sum(_loss(matrix, importance, _columns(link, each), block_format) for matrix in matrices)
+        for each in tried
+    ]
+    best = int(np.argmin(losses))
+    return tried[best] if _POWERS[best] else None
+
+
+def _loss(
+    matrix: np.ndarray, importance: np.ndarray, columns: np.ndarray, block_format: BlockFormat
+) -> float:
+    """Return the rounding error of some rows of a matrix with scaled columns, as a share of the weights' squares."""
+    rows = np.ascontiguousarray(matrix[:: max(1, len(matrix) // _ROWS)] * columns)
+    weight = (importance / np.square(columns)).astype(np.float32)
+    codes, *coefficients = quantise(block_format, rows, weight)
+    errors = block_format.decode(block_format.pack(codes, *coefficients), *rows.shape) - rows
+    lost, all_squares = ((np.square(each) * weight).sum(dtype=np.float64) for each in (errors, rows))
+    return float(lost / max(all_squares, _TINY))
+
+
+def _columns(link: Link, factors: np.ndarray) -> np.ndarray:
+    """Return the factor of each input of the matrices behind a link."""
+    return np.repeat(factors.reshape(link.heads, 1, -1), link.repeats, axis=1).reshape(-1)
+
+
 def _weights(prefix: str, link: Link) -> list[str]:
     """Return the names of a link's tensors in a layer, first that of the module before."""
     return [f"{prefix}{module}.weight" for module in (link.before, *link.behind)]
@@ -155,9 +194,8 @@ def _is_scalable(tensors: Mapping[str, SourceTensor], prefix: str, link: Link) -
 def _scale(tensors: dict[str, SourceTensor], prefix: str, link: Link, factors: np.ndarray) -> None:
     """Multiply the columns of the matrices behind a link by factors, and divide the outputs before it."""
     before, *behind = _weights(prefix, link)
-    columns = np.repeat(factors.reshape(link.heads, 1, -1), link.repeats, axis=1).reshape(-1)
     for name in behind:
-        tensors[name] = scale(tensors[name], columns)
+        tensors[name] = scale(tensors[name], _columns(link, factors))
     is_matrix = len(tensors[before].shape) > 1
     tensors[before] = scale(tensors[before], 1 / (factors[:, None] if is_matrix else factors))
     bias = f"{prefix}{link.before}.bias"

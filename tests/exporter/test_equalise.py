@@ -54,10 +54,11 @@ def script() -> Any:
 
 @pytest.fixture
 def random_windows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Let calibration read random tokens, because not every checkpoint has a tokenizer for a text."""
+    """Let calibration read random tokens, because not every checkpoint has a tokenizer for a text; use all factors."""
     rng = np.random.default_rng(0)
     windows = rng.integers(0, 90, (WINDOWS, TOKENS)).tolist()
     monkeypatch.setattr(equalise, "cut_windows", lambda model, text: windows)
+    monkeypatch.setattr(equalise, "_POWERS", (1.0,))
     return windows
 
 
@@ -139,8 +140,23 @@ def test_extreme_inputs_get_bounded_factors() -> None:
         assert factors.max() / factors.min() <= 1e2 * 1.01
 
 
-def test_quantised_sources_keep_their_values(tiny_source: Callable[..., Any]) -> None:
+def test_factors_that_take_weights_off_a_grid_are_not_used() -> None:
+    """A matrix that the format holds exactly stays so; one with unequal columns on no grid is scaled."""
+    rng = np.random.default_rng(4)
+    importance = np.exp(rng.normal(0, 1, 64)).astype(np.float32)
+    link, stored = Link(before="norm", behind=("matrix",)), BLOCK_FORMATS["q4_1"]
+    grid = (rng.integers(0, 16, (64, 64)) - 8).astype(np.float32) / 8
+    grid[:, ::32], grid[:, 1::32] = -1, 7 / 8  # both ends of each group's range
+    assert equalise._best(link, importance, [grid], stored) is None
+    free = rng.standard_normal((64, 64), np.float32) * np.exp(rng.normal(0, 0.5, 64)).astype(np.float32)
+    assert equalise._best(link, importance, [free], stored) is not None
+
+
+def test_quantised_sources_keep_their_values(
+    tiny_source: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A link with one matrix in a block format is left alone; the others are scaled."""
+    monkeypatch.setattr(equalise, "_POWERS", (1.0,))
     source = tiny_source()
     name = "model.layers.1.mlp.down_proj.weight"
     tensors = {**source.tensors, name: dataclasses.replace(source.tensors[name], block_format="q4_1")}
