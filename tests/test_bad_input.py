@@ -137,7 +137,7 @@ NAME = "model.layers.2.mlp.down_proj.weight"
         ),
         (
             {NAME: np.full((48, 80), np.nan, np.float32)},
-            f"{NAME}: the tensor holds values that are not finite",
+            f"{NAME}: the tensor contains values that are not finite",
         ),
         (
             {"lm_head.weight": None},

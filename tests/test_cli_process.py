@@ -27,7 +27,7 @@ def test_run_never_imports_jax_although_it_is_installed(tiny_artifact, python):
 def test_help_lists_commands_in_the_order_of_use(cli):
     lines = cli("--help").stdout.partition("Commands:\n")[2].splitlines()
     names, summaries = zip(*(line.split(maxsplit=1) for line in lines), strict=True)
-    assert names[:6] == ("export", "run", "chat", "batch", "add-target", "add-prefix")
+    assert names[:6] == ("export", "run", "chat", "batch", "serve", "add-target")
     assert all(summary.endswith(".") and not summary.endswith("...") for summary in summaries)
 
 

@@ -30,7 +30,7 @@ import derive
 import fidelity
 import limits
 import machine
-import picture
+import peers_picture
 import report
 from contenders import CAPACITY, CONTENDERS, REFERENCE, THREADS, Contender
 from processes import Worker, first_token, wait_for_quiet
@@ -281,7 +281,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
         (arguments.output / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
-    picture.draw(result, arguments.output / "peers.svg")
+    peers_picture.draw(result, arguments.output / "peers.svg")
     print(report.tables(result) + "\n")
     print(json.dumps(result))
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import picture
+import peers_picture
 
-# Mid-tones, like those of `picture`. The key of a series is the engine, and True for files with an importance matrix.
+# Mid-tones, like those of `peers_picture`. The key of a series is the engine, and True for an importance matrix.
 SERIES = {
-    ("precast", False): ("precast --bits", picture.OURS, "o", "-"),
-    ("llama.cpp", True): ("llama.cpp with imatrix", picture.PEER, "s", "-"),
-    ("llama.cpp", False): ("llama.cpp", picture.PEER, "s", ":"),
+    ("precast", False): ("precast --bits", peers_picture.OURS, "o", "-"),
+    ("llama.cpp", True): ("llama.cpp with imatrix", peers_picture.PEER, "s", "-"),
+    ("llama.cpp", False): ("llama.cpp", peers_picture.PEER, "s", ":"),
     ("OpenVINO", False): ("OpenVINO", "#8a6fb0", "^", ""),
 }
 _IMATRIX, _BITS = " imatrix", "--bits "
@@ -38,7 +38,7 @@ def draw(result: Mapping, path: Path) -> None:
     ]
     if not panels:
         return
-    with matplotlib.rc_context(picture.STYLE):
+    with matplotlib.rc_context(peers_picture.STYLE):
         figure, axes = plt.subplots(len(panels), 1, figsize=(8, 4 * len(panels)), squeeze=False)
         for axis, (title, points) in zip(axes[:, 0], panels, strict=True):
             _panel(axis, title, points)
@@ -69,13 +69,13 @@ def _panel(axis, title: str, points: Sequence[Mapping]) -> None:
             )
     axis.set_yscale("log")
     axis.set_title(
-        f"{title}: KL divergence to float32, nats (less is better)", loc="left", color=picture.TEXT
+        f"{title}: KL divergence to float32, nats (less is better)", loc="left", color=peers_picture.TEXT
     )
     axis.set_xlabel("bits per weight")
-    axis.grid(color=picture.TEXT, alpha=0.25, linewidth=0.5)
+    axis.grid(color=peers_picture.TEXT, alpha=0.25, linewidth=0.5)
     for side in axis.spines.values():
-        side.set_color(picture.TEXT)
-    axis.legend(frameon=False, labelcolor=picture.TEXT)
+        side.set_color(peers_picture.TEXT)
+    axis.legend(frameon=False, labelcolor=peers_picture.TEXT)
 
 
 def _bits(points: Sequence[Mapping]) -> list[float]:

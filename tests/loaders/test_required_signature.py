@@ -43,6 +43,7 @@ EXEMPT = {
     "export": "makes an artifact, which nobody can have signed",
     "sign": "makes the signature, of files that it hashes",
     "push": "sends bytes on; whoever pulls them checks",
+    "serve": "runs until it is stopped; the tests of its pool require signatures",
     "list": "shows names, and says nothing of what is in the artifacts",
 }
 

@@ -76,7 +76,10 @@ def test_variables_reach_the_template(record: Any, cli: Any, artifact_copy: Any,
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--ids", "1,2", "--template-variable", "a=1"), "--template-variable needs text to put through"),
+        (
+            ("--ids", "1,2", "--template-variable", "a=1"),
+            "--template-variable needs text to format with the chat template",
+        ),
         (("-p", "x", "--template-variable", "tools=[]"), "the template variable 'tools' is reserved; choose"),
         (("-p", "x", "--template-variable", "a=b"), "such as enable_thinking=false, found 'a=b'."),
         (("-p", "x", "--template-variable", "a"), "such as enable_thinking=false, found 'a'."),

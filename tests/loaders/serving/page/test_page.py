@@ -274,7 +274,7 @@ def with_reasoning(artifact: Path, root: Path) -> Path:
 
 def test_a_key_is_asked_for_and_reasoning_is_folded(browser: Any, key_server: Any) -> None:
     browser.open(f"{key_server.url}/")
-    assert "Incorrect API key" in browser.text("#question-text")
+    browser.wait(lambda: "Incorrect API key" in browser.text("#question-text"), "the question")
     browser.type("#answer", "wrong{Enter}")
     browser.wait(lambda: browser.count("#answer"), "the question again")
     browser.type("#answer", "sesame{Enter}", clear=True)
