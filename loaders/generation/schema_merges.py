@@ -5,9 +5,11 @@ with a copy of the other keys and all that they contain. If such places are nest
 llguidance checks its own limits only after that, when it may have taken all memory.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
+from urllib.parse import unquote
 
 # Keys that say nothing about a value.
 _SILENT = frozenset({"$schema", "$id", "$anchor", "$comment", "title", "description", "default", "examples"})
@@ -15,6 +17,9 @@ _DEFINITIONS = ("$defs", "definitions")
 _COMBINING = ("anyOf", "oneOf", "allOf", "$ref")
 # Alternatives beyond this number are counted as this number, so that products stay small.
 _MOST = 10**9
+# The target of a reference that does not lead to a part by a JSON pointer from the root. llguidance may find one
+# nevertheless, by an anchor or an absolute URI, so the schema counts as too large.
+_UNKNOWN = object()
 
 
 def merged_size(schema: Mapping[str, Any]) -> int:
@@ -37,12 +42,14 @@ class _Sizes:
     """
 
     def __init__(self, root: Mapping[str, Any]) -> None:
-        self._root = root
+        self._root, self._has_inner_ids = root, any(map(_has_id, root.values()))
         self._known: dict[tuple[int, bool], int] = {}
         self._alternatives: dict[int, int] = {}
 
     def size(self, value: Any, *, is_merged: bool) -> int:
         """Return the size of a part; a part that is merged includes the parts to which it refers."""
+        if value is _UNKNOWN:
+            return _MOST
         if isinstance(value, list):
             return min(sum(self.size(child, is_merged=is_merged) for child in value), _MOST)
         if not isinstance(value, dict):
@@ -69,7 +76,7 @@ class _Sizes:
     def _count(self, part: Any) -> int:
         """Return the number of alternatives that a part has at its own level."""
         if not isinstance(part, dict):
-            return 1
+            return _MOST if part is _UNKNOWN else 1
         if id(part) not in self._alternatives:
             self._alternatives[id(part)] = 1
             sums = (sum(map(self._count, _list(part.get(name)))) or 1 for name in ("anyOf", "oneOf"))
@@ -78,16 +85,35 @@ class _Sizes:
         return self._alternatives[id(part)]
 
     def _target(self, part: dict[str, Any]) -> Any:
-        """Return the part that a reference names; None without a reference, or for one to another document."""
-        reference = part.get("$ref")
-        if not isinstance(reference, str) or not reference.startswith("#"):
+        """Return the part that a reference names; None without a reference, `_UNKNOWN` without a pointer to a part."""
+        if "$ref" not in part:
             return None
+        reference = part["$ref"]
+        # A part with an identifier of its own is the root of the references inside it.
+        if self._has_inner_ids or not isinstance(reference, str) or not re.match("#(/|$)", reference):
+            return _UNKNOWN
         found: Any = self._root
-        for name in reference[1:].split("/")[1:]:
-            if not isinstance(found, dict):
-                return None
-            found = found.get(name.replace("~1", "/").replace("~0", "~"))
-        return found
+        for name in unquote(reference[1:]).split("/")[1:]:
+            found = _child(found, name.replace("~1", "/").replace("~0", "~"))
+        return found if isinstance(found, dict | bool) else _UNKNOWN
+
+
+def _child(value: Any, name: str) -> Any:
+    """Return the value under one step of a JSON pointer, or `_UNKNOWN`."""
+    if isinstance(value, dict):
+        return value.get(name, _UNKNOWN)
+    if isinstance(value, list) and re.fullmatch("0|[1-9][0-9]{0,9}", name) and int(name) < len(value):
+        return value[int(name)]
+    return _UNKNOWN
+
+
+def _has_id(value: Any) -> bool:
+    """Return True if a schema contains an identifier that changes the meaning of references."""
+    if isinstance(value, list):
+        return any(map(_has_id, value))
+    if not isinstance(value, dict):
+        return False
+    return any(isinstance(value.get(key), str) for key in ("$id", "id")) or any(map(_has_id, value.values()))
 
 
 def _list(value: Any) -> Sequence[Any]:
