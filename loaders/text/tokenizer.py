@@ -107,9 +107,9 @@ class Tokenizer:
         """The number of tokens, including added tokens. The model's V may be larger because of padding."""
         return self._library.get_vocab_size(with_added_tokens=True)
 
-    @property
+    @cached_property
     def largest_id(self) -> int:
-        """The largest id of any token; -1 if there are no tokens."""
+        """The largest id of any token; -1 if there are no tokens. The library copies the vocabulary at each call."""
         return max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property

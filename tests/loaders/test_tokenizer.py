@@ -27,6 +27,26 @@ def wrap(library: tokenizers.Tokenizer, **settings) -> Tokenizer:
     return Tokenizer.from_json(library.to_str().encode(), **options)
 
 
+def test_the_largest_id_is_computed_once() -> None:
+    """The library copies its vocabulary at each call."""
+
+    class Counting:
+        calls = 0
+
+        def get_vocab(self, *, with_added_tokens: bool) -> dict[str, int]:
+            self.calls += 1
+            return {"a": 0, "b": 1}
+
+        def id_to_token(self, token_id: int) -> str:
+            return "ab"[token_id]
+
+    library = Counting()
+    options = {"chat_template": None, "named_templates": {}, "bos_token": None, "eos_token": None}
+    tokenizer = Tokenizer(library, **options)  # type: ignore[arg-type]
+    assert [tokenizer.token(i) for i in (0, 1, 2)] == ["a", "b", None]
+    assert library.calls == 1
+
+
 def byte_level() -> tokenizers.Tokenizer:
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
