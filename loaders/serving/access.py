@@ -14,9 +14,11 @@ KEYS_VARIABLE = "PRECAST_API_KEYS"
 def read_keys(path: Path | None, environment: Mapping[str, str]) -> tuple[bytes, ...]:
     """Return the API keys in a file, one per line; without a file, the comma-separated keys in PRECAST_API_KEYS.
 
+    The file may contain empty lines, and comments in lines that begin with "#".
+
     Raises:
-        PrecastError: the file cannot be read, or contains no key; or a key contains other characters than printable
-            ASCII.
+        PrecastError: the file cannot be read; or the file or the variable contains no key, or a key with a space or
+            with other characters than printable ASCII.
     """
     if path is not None:
         try:
@@ -24,13 +26,20 @@ def read_keys(path: Path | None, environment: Mapping[str, str]) -> tuple[bytes,
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise PrecastError(f"{path}: cannot be read ({reason}); check --api-key-file.") from None
-        keys = text.split()
-        source = str(path)
+        parts, source, remedy = text.splitlines(), str(path), "write one per line"
+    elif KEYS_VARIABLE in environment:
+        parts, source, remedy = (
+            environment[KEYS_VARIABLE].split(","),
+            KEYS_VARIABLE,
+            "separate keys by commas",
+        )
     else:
-        keys = [key for part in environment.get(KEYS_VARIABLE, "").split(",") if (key := part.strip())]
-        source = KEYS_VARIABLE
-    if path is not None and not keys:
-        raise PrecastError(f"{source}: expected at least one API key, found none; write one per line.")
+        return ()
+    keys = [key for part in parts if (key := part.strip()) and not (path is not None and key[0] == "#")]
+    if not keys:
+        raise PrecastError(f"{source}: expected at least one API key, found none; {remedy}.")
+    if any(len(key.split()) > 1 for key in keys):
+        raise PrecastError(f"{source}: expected API keys without spaces; {remedy}.")
     if any(not (key.isascii() and key.isprintable()) for key in keys):
         raise PrecastError(f"{source}: expected API keys of printable ASCII characters; replace the key.")
     return tuple(key.encode() for key in keys)
@@ -55,17 +64,19 @@ def check_key(headers: Mapping[str, str], keys: Sequence[bytes]) -> None:
         raise ApiError(401, text, code="invalid_api_key")
 
 
-def check_host(headers: Mapping[str, str], address: str) -> None:
+def check_host(headers: Mapping[str, str], address: str, name: str = "localhost") -> None:
     """Refuse requests that a web page may have sent to a local server by DNS rebinding.
 
     Args:
         headers: the request's headers.
         address: the address on which the server listens.
+        name: a further name of that address.
 
     Raises:
         ApiError: the server listens on a loopback address, and the header Host names another machine.
     """
-    if is_local(address) and not is_local(_name(headers.get("host", "localhost"))):
+    given = _name(headers.get("host", "localhost"))
+    if is_local(address) and not (is_local(given) or given.lower() == name.lower()):
         raise ApiError(
             403, "The header Host must name this machine: localhost or 127.0.0.1.", code="host_not_allowed"
         )

@@ -9,7 +9,7 @@ from precast.loaders.serving.errors import ApiError
 
 def test_keys_of_a_file_or_the_environment(tmp_path) -> None:
     path = tmp_path / "keys"
-    path.write_text("one\n\n two \n")
+    path.write_text("# ours\none\n\n two \n  # theirs\n")
     assert read_keys(path, {"PRECAST_API_KEYS": "three"}) == (b"one", b"two")
     assert read_keys(None, {"PRECAST_API_KEYS": "one, two,"}) == (b"one", b"two")
     assert read_keys(None, {}) == ()
@@ -22,6 +22,9 @@ def test_keys_of_a_file_or_the_environment(tmp_path) -> None:
         (b"", "expected at least one API key, found none; write one per line."),
         (b"\xff", "cannot be read (it is not UTF-8 text); check --api-key-file."),
         ("clé".encode(), "expected API keys of printable ASCII characters; replace the key."),
+        (b"# none\n\n", "expected at least one API key, found none; write one per line."),
+        (b"one two\n", "expected API keys without spaces; write one per line."),
+        (b"one\ttwo", "expected API keys without spaces; write one per line."),
     ],
 )
 def test_unusable_files(tmp_path, content, text) -> None:
@@ -31,6 +34,20 @@ def test_unusable_files(tmp_path, content, text) -> None:
     with pytest.raises(PrecastError) as caught:
         read_keys(path, {})
     assert str(caught.value) == f"{path}: {text}"
+
+
+@pytest.mark.parametrize("value", ["", " , "])
+def test_a_variable_without_a_key(value) -> None:
+    """An empty secret must not open the server."""
+    with pytest.raises(PrecastError, match=r"^PRECAST_API_KEYS: expected at least one API key, found none; "):
+        read_keys(None, {"PRECAST_API_KEYS": value})
+
+
+def test_the_configured_name_is_accepted() -> None:
+    check_host({"host": "Box:8000"}, "127.0.1.1", "box")
+    check_host({"host": "localhost"}, "127.0.1.1", "box")
+    with pytest.raises(ApiError, match="must name this machine"):
+        check_host({"host": "evil.example"}, "127.0.1.1", "box")
 
 
 @pytest.mark.parametrize(
