@@ -42,6 +42,8 @@ class Entry:
         model: the model while it is loaded.
         bytes: estimated memory of the loaded model.
         in_flight: number of answers that wait or run.
+        leases: number of requests that use the model.
+        counts: number of requests among them that ask for no answer.
         last_used: time of `time.monotonic` at which the last answer ended.
         problem: the reason why the last load failed; None if it has not failed.
     """
@@ -51,14 +53,14 @@ class Entry:
         self.created = int(time.time() if isinstance(source, str) else source.stat().st_mtime)
         self.model: Model | None = None
         self.loading: asyncio.Task[Model] | None = None
-        self.bytes = self.in_flight = 0
+        self.bytes = self.in_flight = self.leases = self.counts = 0
         self.last_used = time.monotonic()
         self.problem: str | None = None
 
     @property
     def is_idle(self) -> bool:
-        """True if the model is loaded and no answer waits or runs."""
-        return self.model is not None and self.in_flight == 0
+        """True if the model is loaded and no request uses it."""
+        return self.model is not None and self.leases == 0
 
 
 class Pool:
@@ -94,7 +96,7 @@ class Pool:
 
         Args:
             name: name of the model.
-            answers: number of answers that the caller will ask for.
+            answers: number of answers that the caller will ask for; 0 to count or convert tokens only.
 
         Raises:
             ApiError: there is no such model, the queue is full, or the model does not load.
@@ -106,27 +108,32 @@ class Pool:
             raise ApiError(
                 400, f"Expected at most {most} answers in one request, found {answers}.", param="n"
             )
-        if answers and entry.in_flight + answers > most:
+        if (entry.in_flight + answers if answers else entry.counts + 1) > most:
             raise ApiError(
                 429,
                 "Too many requests are waiting; try again later.",
                 code="queue_full",
                 retry_after=_RETRY_S,
             )
-        held = max(answers, 1)
-        entry.in_flight += held
+        entry.in_flight += answers
+        entry.counts += not answers
+        entry.leases += 1
         try:
             yield await self._loaded(entry)
         finally:
-            entry.in_flight -= held
+            entry.in_flight -= answers
+            entry.counts -= not answers
+            entry.leases -= 1
             entry.last_used = time.monotonic()
 
     async def preload(self) -> None:
         """If the server offers only one model, load it now. Several models are loaded at their first requests."""
-        if len(self.entries) == 1:
-            with suppress(ApiError):  # the entry keeps the reason
-                await self._loaded(*self.entries.values())
-        self._is_preloaded = True
+        try:
+            if len(self.entries) == 1:
+                with suppress(ApiError):  # the entry keeps the reason
+                    await self._loaded(*self.entries.values())
+        finally:
+            self._is_preloaded = True
 
     @property
     def obstacle(self) -> str | None:
@@ -157,8 +164,9 @@ class Pool:
 
     async def _load(self, entry: Entry) -> "Model":
         try:
+            # Outside the lock, because a store that hangs must not block the other models.
+            root, size = await asyncio.to_thread(_measure, entry.source, self._settings, self._log)
             async with self._lock:
-                root, size = await asyncio.to_thread(_measure, entry.source, self._settings, self._log)
                 self._make_room(entry, size)
                 began = time.monotonic()
                 work = partial(load_verified, root, self._settings, self._log)
@@ -166,9 +174,11 @@ class Pool:
                 entry.problem, entry.last_used = None, time.monotonic()
                 self._log(f"{entry.name}: loaded and verified in {entry.last_used - began:.1f} s")
                 return entry.model
-        except PrecastError as error:
-            entry.problem, entry.bytes = str(error), 0
-            self._log(f"{entry.name}: {error}")
+        except ApiError:
+            raise
+        except Exception as error:
+            entry.problem = str(error) if isinstance(error, PrecastError) else repr(error)
+            self._log(f"{entry.name}: {entry.problem}")
             # The reason may name files, so only the log has it.
             raise ApiError(
                 503,
@@ -178,6 +188,8 @@ class Pool:
             ) from None
         finally:
             entry.loading = None
+            if entry.model is None:
+                entry.bytes = 0
 
     def _make_room(self, entry: Entry, size: int) -> None:
         """Unload idle models, the least recently used first, until a model fits.

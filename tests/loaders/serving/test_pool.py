@@ -1,9 +1,11 @@
 """Many models: loaded at the first request, unloaded when they are idle or memory is short, pulled from a store."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import shutil
+import threading
 import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -126,6 +128,67 @@ def test_a_broken_model_fails_alone(folders) -> None:
 
     run(folders, work)
     assert any(line.startswith("b: ") and "tokenizer.json" in line for line in LOG)
+
+
+def test_any_error_of_a_load(folders, monkeypatch) -> None:
+    """The log has the reason, and the next request tries again."""
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    async def work(pool: Pool) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("precast.loaders.serving.pool.load_verified", fail)
+            await pool.preload()
+        entry = pool.entries["a"]
+        assert pool.obstacle == "The model could not be loaded; the server's log gives the reason."
+        assert (entry.problem, entry.bytes, entry.leases) == ("MemoryError('no room')", 0, 0)
+        await use(pool, "a")
+        assert pool.obstacle is None
+
+    run({"a": folders["a"]}, work)
+    assert LOG[0] == "a: MemoryError('no room')"
+
+
+def test_a_store_that_hangs_blocks_only_its_model(folders, monkeypatch) -> None:
+    release = threading.Event()
+
+    def measure(source: Path, *rest: Any) -> Any:
+        if source.name == "a":
+            release.wait(60)
+        return _measure(source, *rest)
+
+    monkeypatch.setattr("precast.loaders.serving.pool._measure", measure)
+
+    async def work(pool: Pool) -> str:
+        hanging = asyncio.create_task(use(pool, "a"))
+        try:
+            await use(pool, "b")
+            return loaded(pool)
+        finally:
+            release.set()
+            await hanging
+
+    assert run(folders, work) == "b"
+
+
+def test_requests_without_answers_have_a_queue_of_their_own(folders) -> None:
+    async def work(pool: Pool) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(8):
+                await stack.enter_async_context(pool.lease("a"))
+            assert not pool.entries["a"].is_idle
+            with pytest.raises(ApiError, match="Too many requests are waiting"):
+                await stack.enter_async_context(pool.lease("a"))
+            await use(pool, "a")
+        assert pool.entries["a"].is_idle
+
+    run(folders, work, max_queue=pool_queue(folders["a"]))
+
+
+def pool_queue(root: Path) -> int:
+    """Return the queue with which a model accepts eight answers."""
+    return 8 - json.loads((root / "manifest.json").read_text())["slots"]
 
 
 def test_a_model_with_other_answers_is_refused(folders, edit_manifest) -> None:
