@@ -42,6 +42,9 @@ _TAGS = frozenset(
     }
 )
 
+# pydantic takes microseconds for each fault, and holds Python's lock meanwhile.
+_MOST_FAULTS = 100
+
 
 class ApiError(Exception):
     """An error that is the answer to a request.
@@ -86,6 +89,9 @@ def anthropic_error(error: ApiError) -> dict[str, Any]:
 
 def invalid(error: ValidationError) -> ApiError:
     """Return the error for a body that does not fit its schema; it names the first fault."""
+    if (count := error.error_count()) > _MOST_FAULTS:
+        text = f"The body must have at most {_MOST_FAULTS} unknown or invalid parameters, found {count:,}."
+        return ApiError(400, text, code="invalid_value")
     faults = error.errors(include_url=False, include_context=False)
     fault = faults[0]
     # A union has a fault for each branch; the deepest one belongs to the branch that fits best.
@@ -126,5 +132,5 @@ def _place(location: Sequence[str | int]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = repr(value[:60] if isinstance(value, str | list) else value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,12 +1,28 @@
 """The base of all schemas of requests: unknown parameters and values of the wrong type are errors."""
 
-from typing import TypeVar
+import json
+import re
+from math import isfinite
+from typing import Annotated, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
-from .errors import invalid
+from .errors import ApiError, invalid
 
 _Schema = TypeVar("_Schema", bound="Schema")
+_Item = TypeVar("_Item")
+# Every number that is not finite, and few others: NaN, Infinity, and numbers that may exceed the largest float.
+_SUSPECT = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}|[0-9]{200}")
+
+
+class _FailFast(FailFast):
+    """pydantic's marker, which a union accepts only if it has a hash."""
+
+    __hash__ = object.__hash__
+
+
+# A list that is refused at its first wrong item. Without it, a body can cause millions of errors.
+Items = Annotated[list[_Item], _FailFast()]
 
 
 class Schema(BaseModel):
@@ -19,9 +35,22 @@ def parse(schema: type[_Schema], body: bytes) -> _Schema:
     """Return a request's body as an instance of its schema.
 
     Raises:
-        ApiError: the body is not JSON, or does not fit the schema.
+        ApiError: the body is not JSON, does not fit the schema, or contains a number that is not finite.
     """
     try:
-        return schema.model_validate_json(body)
+        found = schema.model_validate_json(body)
     except ValidationError as error:
         raise invalid(error) from None
+    # pydantic accepts such numbers where a schema allows any value.
+    if _SUSPECT.search(body):
+        json.loads(body, parse_constant=_refuse, parse_float=_check, parse_int=len)
+    return found
+
+
+def _check(number: str) -> None:
+    if not isfinite(float(number)):
+        _refuse(number)
+
+
+def _refuse(number: str) -> NoReturn:
+    raise ApiError(400, f"The body must be JSON with finite numbers only, found {number:.60}.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..openai.schemas import MOST_STOPS
-from ..schema import Schema
+from ..schema import Items, Schema
 
 
 class CacheControl(Schema):
@@ -49,7 +49,7 @@ class ToolResult(Block):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[Text] | None = None
+    content: str | Items[Text] | None = None
     is_error: bool | None = None
 
 
@@ -68,7 +68,7 @@ class Message(Schema):
     """A message of a chat."""
 
     role: Literal["user", "assistant"]
-    content: str | list[Content]
+    content: str | Items[Content]
 
 
 class Tool(Schema):
@@ -118,9 +118,9 @@ class CountRequest(Schema):
     """A request of ``/v1/messages/count_tokens``."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
-    system: str | list[Text] | None = None
-    tools: list[Tool] | None = None
+    messages: Items[Message] = Field(min_length=1)
+    system: str | Items[Text] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
@@ -131,7 +131,7 @@ class MessagesRequest(CountRequest):
 
     max_tokens: int = Field(ge=1)
     stream: bool | None = None
-    stop_sequences: list[str] | None = Field(None, max_length=MOST_STOPS)
+    stop_sequences: Items[str] | None = Field(None, max_length=MOST_STOPS)
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ..schema import Schema
+from ..schema import Items, Schema
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -19,8 +19,8 @@ class Part(Schema):
 
     type: Literal["input_text", "output_text", "reasoning_text", "text"]
     text: str
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
+    annotations: Items[Any] | None = None
+    logprobs: Items[Any] | None = None
 
 
 class MessageItem(Schema):
@@ -28,7 +28,7 @@ class MessageItem(Schema):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Items[Part]
     id: str | None = None
     status: Status | None = None
     phase: None = None
@@ -53,7 +53,7 @@ class ResultItem(Schema):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[Part]
+    output: str | Items[Part]
     id: str | None = None
     status: Status | None = None
 
@@ -63,8 +63,8 @@ class ReasoningItem(Schema):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[Any] = Field(default_factory=list, max_length=0)
-    content: list[Part] | None = None
+    summary: Items[Any] = Field(default_factory=list, max_length=0)
+    content: Items[Part] | None = None
     encrypted_content: None = None
     status: Status | None = None
 
@@ -127,7 +127,7 @@ class ResponseRequest(Schema):
     """A request of ``/v1/responses``."""
 
     model: str
-    input: str | list[Item]
+    input: str | Items[Item]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -137,12 +137,12 @@ class ResponseRequest(Schema):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     text: TextConfig | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Items[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: Literal[True] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
-    include: list[Any] | None = Field(None, max_length=0)
+    include: Items[Any] | None = Field(None, max_length=0)
     reasoning: None = None
     # parameters without an effect on the answer
     metadata: Mapping[str, str] | None = None

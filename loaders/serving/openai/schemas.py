@@ -10,12 +10,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..schema import Schema
+from ..schema import Items, Schema
 
 # Maximum number of stop strings. The time for a piece of text grows with their number.
 MOST_STOPS = 16
 MOST_ANSWERS = 128
 MOST_LOGPROBS = 20
+# The time for a token grows with both.
+MOST_REPEATED = 64
+MOST_WORDS = 256
 
 
 class StreamOptions(Schema):
@@ -39,20 +42,20 @@ class Sampling(Schema):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Mapping[str, float] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     # precast's own parameters
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0)
-    no_repeat_ngram_size: int | None = Field(None, ge=0)
+    no_repeat_ngram_size: int | None = Field(None, ge=0, le=MOST_REPEATED)
     min_tokens: int | None = Field(None, ge=0)
-    stop_token_ids: list[int] | None = Field(None, max_length=MOST_STOPS)
-    bad_words: list[str] | None = None
+    stop_token_ids: Items[int] | None = Field(None, max_length=MOST_STOPS)
+    bad_words: Items[str] | None = Field(None, max_length=MOST_WORDS)
     ignore_eos: bool | None = None
     json_schema: Mapping[str, Any] | None = None
     regex: str | None = None
     grammar: str | None = None
-    choice: list[str] | None = None
+    choice: Items[str] | None = None
     # parameters without an effect on the answer
     user: str | None = None
     metadata: Mapping[str, str] | None = None
@@ -89,16 +92,16 @@ class Message(Schema):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Items[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     # keys of answers that clients send back
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: list[Any] | None = None
+    annotations: Items[Any] | None = None
 
 
 class Function(Schema):
@@ -149,23 +152,23 @@ class ResponseFormat(Schema):
 class ChatRequest(Sampling):
     """A request of ``/v1/chat/completions``."""
 
-    messages: list[Message]
+    messages: Items[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolName | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
     prediction: Mapping[str, Any] | None = None
 
 
 class CompletionRequest(Sampling):
     """A request of ``/v1/completions``."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Items[int] | Items[str] | Items[Items[int]]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     best_of: int | None = None
