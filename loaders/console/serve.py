@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from ..serving.settings import ServeSettings
 
 _NEEDED = ("prometheus_client", "pydantic", "starlette", "uvicorn")
+# Seconds that threads may take to end after the server.
+_JOIN_S = 1.0
 
 
 class ServeOptions(Frozen):
@@ -62,7 +67,20 @@ def run(artifacts: Sequence[Path | str], *, options: ServeOptions, loading: Load
 
     with raise_on_interrupt():  # the server handles Ctrl-C itself
         serve(sources, settings, Log(), announce)
+    _end_threads()
     return 0
+
+
+def _end_threads() -> None:
+    """End the process if threads still run, such as an interrupted load; Python would wait for them."""
+    end = time.monotonic() + _JOIN_S
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(end - time.monotonic(), 0))
+            if thread.is_alive():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
 
 
 def _settings(options: ServeOptions, loading: LoadOptions) -> "ServeSettings":

@@ -158,6 +158,10 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self._parsed: deque[_Part] = deque()  # parts that the parser has found and no reader has taken
         self._is_parsed = sequence.parser is None  # True once the parser has seen the end of the answer
 
+    def end_within(self, seconds: float) -> None:
+        """Set the time limit of a stream that has not started: seconds from its first read."""
+        self._sequence.timeout_s = seconds
+
     @property
     def is_split(self) -> bool:
         """True if the answer is split into content, reasoning and tool calls."""

@@ -2,8 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Executor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +14,7 @@ from .errors import ApiError
 from .metrics import Metrics
 from .openai.response_store import ResponseStore
 from .pool import Pool
+from .preparing import Preparing
 from .requests import Request, timed_out
 from .settings import ServeSettings
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 # Maximum number of deltas that wait for their reader, over all answers of a request.
 _UNREAD = 64
+# Maximum number of characters of a model's name in the log: the name may be any text of the client's.
+_SHOWN = 200
 
 
 class Ask(Frozen):
@@ -66,17 +68,38 @@ class Services(Frozen):
         preparing: the threads that check requests, render chat templates and tokenise.
         metrics: the metrics.
         responses: the responses that later ones may continue.
+        address: the address on which the server listens.
     """
 
     settings: ServeSettings
     pool: Pool
-    preparing: Executor
+    preparing: Preparing
     metrics: Metrics
     responses: ResponseStore
+    address: str
 
-    async def prepare(self, work: Callable[[], _Result]) -> _Result:
-        """Call a function in a thread, so that it does not block the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.preparing, work)
+    async def prepare(self, request: Request, work: Callable[[], _Result]) -> _Result:
+        """Call a function in a thread, so that it does not block the event loop.
+
+        Raises:
+            ApiError: too many calls wait, or the request's deadline passes first.
+        """
+        try:
+            async with asyncio.timeout(request.seconds_left):
+                return await self.preparing.run(work)
+        except TimeoutError:
+            raise timed_out() from None
+
+    @asynccontextmanager
+    async def lease(self, request: Request, name: str, answers: int = 0) -> "AsyncIterator[Model]":
+        """Lease a model as `Pool.lease` does; raise an error if the request's deadline passes first."""
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(request.seconds_left):
+                    model = await stack.enter_async_context(self.pool.lease(name, answers))
+            except TimeoutError:
+                raise timed_out() from None
+            yield model
 
 
 class Answers:
@@ -134,10 +157,10 @@ async def answering(services: Services, request: Request, ask: Ask) -> AsyncIter
     Raises:
         ApiError: the request does not suit the model, the queue is full, or the model does not load.
     """
-    request.facts["model"] = ask.model
-    async with _before_deadline(request, services.pool.lease(ask.model, ask.answers)) as model:
-        work = partial(_streams, model, ask, services.settings, request.seconds_left)
-        answers = Answers(model, await _checked(services.prepare(work), ask))
+    request.facts["model"] = ask.model[:_SHOWN]
+    async with services.lease(request, ask.model, ask.answers) as model:
+        work = partial(_streams, model, ask, services.settings, request)
+        answers = Answers(model, await _checked(services.prepare(request, work), ask))
         try:
             yield answers
         finally:
@@ -147,20 +170,6 @@ async def answering(services: Services, request: Request, ask: Ask) -> AsyncIter
             if answers.failure is not None:
                 request.facts["error"] = repr(answers.failure)
             services.metrics.observe(ask.model, done)
-
-
-@asynccontextmanager
-async def _before_deadline(
-    request: Request, lease: "AbstractAsyncContextManager[Model]"
-) -> "AsyncIterator[Model]":
-    """Enter a lease; raise an error if the request's deadline passes first."""
-    async with AsyncExitStack() as stack:
-        try:
-            async with asyncio.timeout(request.seconds_left):
-                model = await stack.enter_async_context(lease)
-        except TimeoutError:
-            raise timed_out() from None
-        yield model
 
 
 async def _checked(work: Awaitable[_Result], ask: Ask) -> _Result:
@@ -180,28 +189,42 @@ async def _checked(work: Awaitable[_Result], ask: Ask) -> _Result:
         raise ApiError(400, "The request must be nested less deeply.") from None
 
 
-def _streams(model: "Model", ask: Ask, settings: ServeSettings, timeout_s: float) -> "list[Stream]":
+def _streams(model: "Model", ask: Ask, settings: ServeSettings, request: Request) -> "list[Stream]":
     """Check a request, and return a stream for each answer. A stream starts generating at its first read.
 
     Raises:
         PrecastError: the request does not suit the model.
+        ApiError: the request's deadline has passed.
     """
-    params = sampling_of(model, ask.fields, settings, timeout_s)
-    if ask.prompts is not None:
-        pairs = [(prompt, each) for prompt in ask.prompts for each in params.for_answers(ask.count)]
-        return [model.stream(prompt, each) for prompt, each in pairs]
-    return [
-        model.stream_chat(
-            ask.messages,
-            each,
-            tools=ask.tools,
-            literal=settings.literal,
-            answer_format=settings.answer_format,
-            tool_choice=ask.tool_choice,
-            template_variables=ask.template_variables,
-        )
-        for each in params.for_answers(ask.count)
-    ]
+    params = sampling_of(model, ask.fields, settings, request.seconds_left)
+    # Once for all answers.
+    params = params.with_word_ids(partial(model.tokenizer.encode, add_special_tokens=False))
+    if ask.prompts is None:
+        streams = [_chat_stream(model, ask, settings, each) for each in params.for_answers(ask.count)]
+    else:
+        prompts = [_tokenised(model, prompt) for prompt in ask.prompts]
+        pairs = [(prompt, each) for prompt in prompts for each in params.for_answers(ask.count)]
+        streams = [model.stream(prompt, each) for prompt, each in pairs]
+    for stream in streams:
+        stream.end_within(request.seconds_left)  # preparation may have taken seconds
+    return streams
+
+
+def _tokenised(model: "Model", prompt: "Prompt") -> "Prompt":
+    """Return the token ids of a prompt, so that several answers need not tokenise it again."""
+    return model.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
+
+
+def _chat_stream(model: "Model", ask: Ask, settings: ServeSettings, params: SamplingParams) -> "Stream":
+    return model.stream_chat(
+        ask.messages,
+        params,
+        tools=ask.tools,
+        literal=settings.literal,
+        answer_format=settings.answer_format,
+        tool_choice=ask.tool_choice,
+        template_variables=ask.template_variables,
+    )
 
 
 def sampling_of(

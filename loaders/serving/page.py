@@ -56,7 +56,7 @@ _HEADERS = {
 async def show(services: Services, request: Request, body: bytes, *, name: str) -> Reply:
     """Show a file of the page; the reply has no body if the client already has the file."""
     path = FOLDER / name
-    data = await services.prepare(path.read_bytes)
+    data = await services.prepare(request, path.read_bytes)
     tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
     headers = {**_HEADERS, "etag": tag, "content-length": str(len(data))}
     is_known = _matches(request.headers.get("if-none-match", ""), tag)

@@ -1,7 +1,7 @@
 """All routes of the server."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 
 from . import description, page, status, tokens
 from .answers import Services
@@ -19,11 +19,21 @@ _PAGE = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inlin
 
 async def _openapi(services: Services, request: Request, body: bytes) -> Reply:
     """Describe the routes for programs."""
-    return json_reply(description.openapi(ROUTES))
+    return _openapi_reply()
 
 
 async def _docs(services: Services, request: Request, body: bytes) -> Reply:
     """Describe the routes for people."""
+    return _docs_reply()
+
+
+@cache
+def _openapi_reply() -> Reply:
+    return json_reply(description.openapi(ROUTES))
+
+
+@cache
+def _docs_reply() -> Reply:
     text = description.page(ROUTES)
     return Reply(body=text.encode(), media_type="text/html; charset=utf-8", headers=_PAGE)
 

@@ -20,11 +20,12 @@ from .logs import Log, LogHandler
 from .metrics import Metrics
 from .openai.response_store import ResponseStore
 from .pool import Pool
+from .preparing import Preparing
 from .protocol import Protocol
 from .settings import ServeSettings
 
-# Threads that check requests, render chat templates and tokenise; each request needs milliseconds.
-_PREPARING = 2
+# Requests in preparation, besides those that the queues of the models hold.
+_PREPARING = 64
 # Threads besides one for each model, which computes: for loading models and for closing streams.
 _SPARE_THREADS = 8
 # Maximum size of a request's headers, in bytes.
@@ -60,6 +61,14 @@ def serve(
         asyncio.run(_serve(sources, settings, log, listener, lambda: on_start(url)))
 
 
+class _Threads(ThreadPoolExecutor):
+    """Threads that asyncio does not wait for at the end: a load may take minutes."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Drop the calls that wait, and let the threads end without waiting for them."""
+        super().shutdown(wait=False, cancel_futures=True)
+
+
 async def _serve(
     sources: Mapping[str, Path | str],
     settings: ServeSettings,
@@ -67,39 +76,42 @@ async def _serve(
     listener: socket.socket,
     on_start: Callable[[], None],
 ) -> None:
-    computing = ThreadPoolExecutor(len(sources) + _SPARE_THREADS, "precast-compute")
+    computing = _Threads(len(sources) + _SPARE_THREADS, "precast-compute")
     asyncio.get_running_loop().set_default_executor(computing)
     pool = Pool(sources, settings, log.message)
-    with ThreadPoolExecutor(_PREPARING, "precast-prepare") as preparing:
-        services = Services(
-            settings=settings,
-            pool=pool,
-            preparing=preparing,
-            metrics=Metrics(pool),
-            responses=ResponseStore(),
-        )
-        server = _Server(
-            uvicorn.Config(
-                make_app(services, log),
-                log_config=None,
-                access_log=False,
-                loop="asyncio",
-                http=Protocol,
-                ws="none",
-                lifespan="off",
-                server_header=False,
-                backlog=_BACKLOG,
-                h11_max_incomplete_event_size=_MOST_HEADERS,
-                timeout_graceful_shutdown=settings.drain_timeout,
-            ),
-            on_start,
-        )
-        tasks = [asyncio.create_task(work) for work in (pool.preload(), pool.unload_idle())]
-        try:
-            await server.serve(sockets=[listener])
-        finally:
-            for task in tasks:
-                task.cancel()
+    preparing = Preparing(_PREPARING + settings.max_queue * len(sources))
+    services = Services(
+        settings=settings,
+        pool=pool,
+        preparing=preparing,
+        metrics=Metrics(pool),
+        responses=ResponseStore(),
+        address=str(listener.getsockname()[0]),
+    )
+    server = _Server(_config(services, log), on_start)
+    tasks = [asyncio.create_task(work) for work in (pool.preload(), pool.unload_idle())]
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for task in tasks:
+            task.cancel()
+        preparing.close()
+
+
+def _config(services: Services, log: Log) -> uvicorn.Config:
+    return uvicorn.Config(
+        make_app(services, log),
+        log_config=None,
+        access_log=False,
+        loop="asyncio",
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        server_header=False,
+        backlog=_BACKLOG,
+        h11_max_incomplete_event_size=_MOST_HEADERS,
+        timeout_graceful_shutdown=services.settings.drain_timeout,
+    )
 
 
 class _Server(uvicorn.Server):

@@ -12,7 +12,7 @@ from .errors import ApiError
 from .openai.schemas import Message, Tool
 from .openai.translate import message_of, tool_of
 from .requests import Reply, Request, json_reply
-from .schema import Schema, parse
+from .schema import Items, Schema, parse
 
 if TYPE_CHECKING:
     from ..generation.model import Model
@@ -23,8 +23,8 @@ class TokenizeRequest(Schema):
 
     model: str
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    messages: Items[Message] | None = None
+    tools: Items[Tool] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
@@ -34,19 +34,24 @@ class DetokenizeRequest(Schema):
     """A request of ``/detokenize``."""
 
     model: str
-    tokens: list[int] = Field(max_length=1 << 20)
+    tokens: Items[int] = Field(max_length=1 << 20)
 
 
 async def tokenize(services: Services, request: Request, body: bytes) -> Reply:
     """Return the tokens of a text or of a chat's prompt."""
-    given = parse(TokenizeRequest, body)
+    given = await services.prepare(request, partial(parse, TokenizeRequest, body))
     if (given.prompt is None) == (given.messages is None):
         raise ApiError(400, "Expected either prompt or messages.", param="prompt")
-    async with services.pool.lease(given.model) as model:
-        tokens = await services.prepare(partial(_tokens, model, given, is_literal=services.settings.literal))
-        found = {"tokens": tokens, "count": len(tokens), "max_model_len": model.engine.context}
-        if given.return_token_strs:
-            found["token_strs"] = [model.tokenizer.token(token) for token in tokens]
+    async with services.lease(request, given.model) as model:
+        work = partial(_tokenised, model, given, is_literal=services.settings.literal)
+        return await services.prepare(request, work)
+
+
+def _tokenised(model: "Model", given: TokenizeRequest, *, is_literal: bool) -> Reply:
+    tokens = _tokens(model, given, is_literal=is_literal)
+    found = {"tokens": tokens, "count": len(tokens), "max_model_len": model.engine.context}
+    if given.return_token_strs:
+        found["token_strs"] = [model.tokenizer.token(token) for token in tokens]
     return json_reply(found)
 
 
@@ -67,10 +72,13 @@ def _tokens(model: "Model", given: TokenizeRequest, *, is_literal: bool) -> list
 
 async def detokenize(services: Services, request: Request, body: bytes) -> Reply:
     """Return the text of tokens."""
-    given = parse(DetokenizeRequest, body)
-    async with services.pool.lease(given.model) as model:
-        work = partial(model.tokenizer.decode, given.tokens, skip_special_tokens=False)
-        try:
-            return json_reply({"prompt": await services.prepare(work)})
-        except PrecastError:
-            raise ApiError(400, "tokens: expected token ids from 0 to 2^32 - 1.", param="tokens") from None
+    given = await services.prepare(request, partial(parse, DetokenizeRequest, body))
+    async with services.lease(request, given.model) as model:
+        return await services.prepare(request, partial(_detokenised, model, given))
+
+
+def _detokenised(model: "Model", given: DetokenizeRequest) -> Reply:
+    try:
+        return json_reply({"prompt": model.tokenizer.decode(given.tokens, skip_special_tokens=False)})
+    except PrecastError:
+        raise ApiError(400, "tokens: expected token ids from 0 to 2^32 - 1.", param="tokens") from None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 async def messages(services: Services, request: Request, body: bytes) -> Reply | EventReply:
     """Answer a chat."""
-    given, ask = await services.prepare(lambda: _read(body))
+    given, ask = await services.prepare(request, lambda: _read(body))
     async with AsyncExitStack() as stack:
         answers = await stack.enter_async_context(answering(services, request, ask))
         head: dict[str, Any] = {
@@ -51,11 +51,10 @@ async def messages(services: Services, request: Request, body: bytes) -> Reply |
 
 async def count_tokens(services: Services, request: Request, body: bytes) -> Reply:
     """Count the tokens of a chat's prompt."""
-    given = await services.prepare(lambda: parse(CountRequest, body))
-    ask = messages_ask(given)
-    async with services.pool.lease(ask.model) as model:
+    ask = await services.prepare(request, lambda: messages_ask(parse(CountRequest, body)))
+    async with services.lease(request, ask.model) as model:
         work = partial(_count, model, ask, is_literal=services.settings.literal)
-        return json_reply({"input_tokens": await services.prepare(work)})
+        return json_reply({"input_tokens": await services.prepare(request, work)})
 
 
 def _read(body: bytes) -> tuple[MessagesRequest, Ask]:

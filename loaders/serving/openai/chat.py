@@ -1,5 +1,6 @@
 """``/v1/chat/completions``."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -26,7 +27,7 @@ DONE = b"data: [DONE]\n\n"
 
 async def chat(services: Services, request: Request, body: bytes) -> Reply | EventReply:
     """Answer a chat."""
-    given, ask = await services.prepare(lambda: _read(body))
+    given, ask = await services.prepare(request, lambda: _read(body))
     async with AsyncExitStack() as stack:
         answers = await stack.enter_async_context(answering(services, request, ask))
         head = _head("chat.completion", answers.model, ask)
@@ -34,16 +35,18 @@ async def chat(services: Services, request: Request, body: bytes) -> Reply | Eve
             has_usage = bool(given.stream_options and given.stream_options.include_usage)
             events = _events(answers, head | {"object": "chat.completion.chunk"}, ask, has_usage=has_usage)
             return EventReply(events=events, closing=stack.pop_all())
-        done = await answers.completions()
-        choices = [_choice(index, completion, answers.model, ask) for index, completion in enumerate(done)]
-        return json_reply(
-            {**head, "choices": choices, "usage": usage(done, ask.count), "timings": timings(done)}
-        )
+        # In a thread, because log-probabilities can make megabytes.
+        return await asyncio.to_thread(_reply, await answers.completions(), head, answers.model, ask)
 
 
 def _read(body: bytes) -> tuple[ChatRequest, Ask]:
     given = parse(ChatRequest, body)
     return given, chat_ask(given)
+
+
+def _reply(done: "Sequence[Completion]", head: Mapping[str, Any], model: "Model", ask: Ask) -> Reply:
+    choices = [_choice(index, completion, model, ask) for index, completion in enumerate(done)]
+    return json_reply({**head, "choices": choices, "usage": usage(done, ask.count), "timings": timings(done)})
 
 
 def _head(kind: str, model: "Model", ask: Ask) -> dict[str, Any]:

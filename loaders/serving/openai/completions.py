@@ -1,8 +1,9 @@
 """``/v1/completions``."""
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from itertools import accumulate
@@ -27,7 +28,7 @@ _LEAST = -9999.0
 
 async def completions(services: Services, request: Request, body: bytes) -> Reply | EventReply:
     """Continue prompts."""
-    given, ask = await services.prepare(lambda: _read(body))
+    given, ask = await services.prepare(request, lambda: _read(body))
     async with AsyncExitStack() as stack:
         answers = await stack.enter_async_context(answering(services, request, ask))
         head = {
@@ -39,16 +40,26 @@ async def completions(services: Services, request: Request, body: bytes) -> Repl
         }
         if given.stream:
             return EventReply(events=_events(answers, head, ask, given), closing=stack.pop_all())
-        done = [_trimmed(completion, answers, given) for completion in await answers.completions()]
-        choices = [_choice(index, completion, answers, given) for index, completion in enumerate(done)]
-        return json_reply(
-            {**head, "choices": choices, "usage": usage(done, ask.count), "timings": timings(done)}
-        )
+        # In a thread, because log-probabilities can make megabytes.
+        done = await answers.completions()
+        return await asyncio.to_thread(_reply, done, head, answers, ask, given)
 
 
 def _read(body: bytes) -> tuple[CompletionRequest, Ask]:
     given = parse(CompletionRequest, body)
     return given, completion_ask(given)
+
+
+def _reply(
+    completions: "Sequence[Completion]",
+    head: Mapping[str, Any],
+    answers: Answers,
+    ask: Ask,
+    given: CompletionRequest,
+) -> Reply:
+    done = [_trimmed(completion, answers, given) for completion in completions]
+    choices = [_choice(index, completion, answers, given) for index, completion in enumerate(done)]
+    return json_reply({**head, "choices": choices, "usage": usage(done, ask.count), "timings": timings(done)})
 
 
 def _trimmed(completion: "Completion", answers: Answers, given: CompletionRequest) -> "Completion":

@@ -1,5 +1,6 @@
 """``/v1/responses``."""
 
+import asyncio
 import secrets
 import time
 from collections import deque
@@ -22,11 +23,10 @@ if TYPE_CHECKING:
 
 async def responses(services: Services, request: Request, body: bytes) -> Reply | EventReply:
     """Answer a chat, which may continue an earlier response."""
-    given = await services.prepare(lambda: parse(ResponseRequest, body))
+    given = await services.prepare(request, lambda: parse(ResponseRequest, body))
     previous = given.previous_response_id
     before = [] if previous is None else services.responses.messages(previous)
-    ask = response_ask(given, before)
-    head = _head(given)
+    ask, head = await services.prepare(request, lambda: (response_ask(given, before), _head(given)))
 
     def keep(done: "Completion") -> None:
         if given.store is not False:
@@ -50,7 +50,8 @@ async def responses(services: Services, request: Request, body: bytes) -> Reply 
         done = answers.streams[0].completion
         deque(items.close(done), maxlen=0)
         keep(done)
-        return json_reply(head | _ended(done, items.items, answers))
+        # In a thread, because the reply repeats the request's tools, and reasoning is tokenised.
+        return await asyncio.to_thread(lambda: json_reply(head | _ended(done, items.items, answers)))
 
 
 def _head(given: ResponseRequest) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""The preparation of requests: bounded, within the deadline, and once for all answers to a prompt."""
+
+import asyncio
+import threading
+import time
+from typing import Any, cast
+
+import pytest
+
+import precast
+from precast.loaders.serving.answers import Ask, Services, _streams
+from precast.loaders.serving.errors import ApiError
+from precast.loaders.serving.preparing import Preparing
+from precast.loaders.serving.requests import Request
+from precast.loaders.serving.settings import ServeSettings
+
+
+def services(preparing: Preparing) -> Services:
+    nothing = cast("Any", None)
+    return Services(
+        settings=ServeSettings(),
+        pool=nothing,
+        preparing=preparing,
+        metrics=nothing,
+        responses=nothing,
+        address="",
+    )
+
+
+def request(seconds: float) -> Request:
+    return Request(id="", headers={}, path_params={}, deadline=time.monotonic() + seconds, facts={})
+
+
+def test_calls_that_wait_are_bounded() -> None:
+    release = threading.Event()
+
+    async def main() -> None:
+        preparing = Preparing(most=3)
+        parts = services(preparing)
+        calls = [asyncio.create_task(parts.prepare(request(60), lambda: release.wait(60))) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="Too many requests are waiting") as caught:
+            await parts.prepare(request(60), time.time)
+        assert (caught.value.status, caught.value.headers) == (429, {"retry-after": "1"})
+        release.set()
+        assert await asyncio.gather(*calls) == [True] * 3
+        for _ in range(5):
+            await parts.prepare(request(60), time.time)
+        preparing.close()
+
+    asyncio.run(main())
+
+
+def test_a_deadline_during_preparation() -> None:
+    release = threading.Event()
+
+    async def main() -> None:
+        preparing = Preparing(most=3)
+        try:
+            with pytest.raises(ApiError) as caught:
+                await services(preparing).prepare(request(0.1), lambda: release.wait(60))
+            assert caught.value.code == "request_timeout"
+        finally:
+            release.set()
+            preparing.close()
+
+    asyncio.run(main())
+
+
+def test_answers_to_one_prompt_share_its_preparation(tiny_artifact, monkeypatch) -> None:
+    """The time limit counts from the end of the preparation."""
+    left = iter([9.0, 5.0, 4.0, 3.0])
+    clock = type("Clock", (), {"seconds_left": property(lambda _: next(left))})()
+    model = precast.load(tiny_artifact)
+    texts: list[str] = []
+    encode = model.tokenizer.encode
+
+    def counted(text: str, **options: Any) -> list[int]:
+        texts.append(text)
+        return encode(text, **options)
+
+    monkeypatch.setattr(model.tokenizer, "encode", counted)
+    ask = Ask(model="", fields={"bad_words": ("fox",)}, count=3, prompts=["the cat"])
+    streams = _streams(model, ask, ServeSettings(), clock)
+    assert [stream._sequence.timeout_s for stream in streams] == [5.0, 4.0, 3.0]
+    assert sorted(texts) == [" fox", "fox", "the cat"]
