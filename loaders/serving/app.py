@@ -15,6 +15,7 @@ from .access import check_host, check_key
 from .answers import Services
 from .errors import ApiError, anthropic_error, openai_error
 from .logs import Log
+from .protocol import ABORT
 from .requests import (
     Disconnected,
     Receive,
@@ -72,7 +73,8 @@ class Endpoint(Frozen):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        request, transport = scope[_KEY], Transport(receive, send)
+        request: Request = scope[_KEY]
+        transport = Transport(receive, send, request.deadline)
         method = "GET" if scope["method"] == "HEAD" else scope["method"]  # uvicorn omits the body
         route = self.methods.get(method)
         if route is None:
@@ -91,6 +93,9 @@ class Endpoint(Frozen):
             await _refuse(error, _api(route, request), send)
         except Disconnected:
             request.facts["status"] = _CLOSED
+            # A plain close would wait until the client has read the rest.
+            if (abort := scope.get("state", {}).get(ABORT)) is not None:
+                abort()
 
     async def _answer(self, route: ApiRoute, request: Request, body: bytes, transport: Transport) -> None:
         try:
@@ -98,6 +103,8 @@ class Endpoint(Frozen):
             await reply.send(transport.send)
         except ApiError as error:
             await _refuse(error, _api(route, request), transport.send)
+        except Disconnected:
+            raise
         except Exception as error:
             # The client learns nothing about the inside of the server.
             trace = "".join(traceback.format_exception(error))
@@ -147,7 +154,7 @@ class Guarded(Frozen):
         try:
             if scope["path"] not in self.public:
                 if not settings.api_keys:
-                    check_host(request.headers, settings.host)
+                    check_host(request.headers, self.services.address, settings.host)
                 check_key(request.headers, settings.api_keys)
         except ApiError as error:
             api = "anthropic" if "anthropic-version" in request.headers else _api_of_path(scope["path"])
@@ -168,6 +175,7 @@ class Observed:
         began, status = time.monotonic(), 0
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
+        has_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
         request = Request(
             id=given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}",
             headers=headers,
@@ -176,16 +184,24 @@ class Observed:
             facts={},
         )
 
+        async def reading() -> Any:
+            nonlocal has_unread
+            message = await receive()
+            has_unread = has_unread and message.get("more_body", False)
+            return message
+
         async def identified(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request.id.encode())]
+                if has_unread:  # or the client could go on sending a refused body
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
             with self._tracing.span(scope["method"], scope["path"], headers, request.facts):
-                await self._app({**scope, _KEY: request}, receive, identified)
+                await self._app({**scope, _KEY: request}, reading, identified)
         finally:
             self._log.record(
                 event="request",

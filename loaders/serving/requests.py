@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 from ..artifact.frozen import Frozen
@@ -20,6 +20,8 @@ _BODY_S = 30.0
 # Seconds of silence after which a comment tells the client and its proxies that the stream is alive.
 _PING_S = 15.0
 _PING = b": ping\n\n"
+# Seconds after a request's deadline at which a client that does not read is disconnected.
+_GRACE_S = 10.0
 _JSON = "application/json"
 
 
@@ -108,9 +110,10 @@ class EventReply(Frozen):
 
 
 async def _ping(send: Send) -> None:
-    while True:
-        await asyncio.sleep(_PING_S)
-        await send({"type": "http.response.body", "body": _PING, "more_body": True})
+    with suppress(Disconnected):  # the next event raises it too
+        while True:
+            await asyncio.sleep(_PING_S)
+            await send({"type": "http.response.body", "body": _PING, "more_body": True})
 
 
 def _start(status: int, media_type: str, headers: Mapping[str, str]) -> Message:
@@ -168,7 +171,7 @@ def _too_long(most: int) -> ApiError:
 
 
 class Disconnected(Exception):
-    """The client has closed the connection."""
+    """The client has closed the connection, or has not read its answer in time."""
 
 
 class Transport:
@@ -177,21 +180,30 @@ class Transport:
     Args:
         receive: ASGI's function that returns the client's next message.
         send: ASGI's function that sends a message.
+        deadline: time of `time.monotonic` at which the answer must be complete.
 
     Attributes:
         is_started: True once the response has begun.
     """
 
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive, self._send = receive, send
+    def __init__(self, receive: Receive, send: Send, deadline: float) -> None:
+        self._receive, self._send, self._deadline = receive, send, deadline
         self.is_started = self._is_complete = False
 
     async def send(self, message: Message) -> None:
-        """Send a message."""
+        """Send a message.
+
+        Raises:
+            Disconnected: the client has not read its answer until some time after the deadline.
+        """
         self.is_started = True
         # After the last message, ASGI reports a disconnect even if the client is there.
         self._is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
-        await self._send(message)
+        try:
+            async with asyncio.timeout(max(self._deadline + _GRACE_S - time.monotonic(), 0.0)):
+                await self._send(message)
+        except TimeoutError:
+            raise Disconnected from None
 
     async def until_disconnect(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work of a request, and cancel it if the client disconnects.

@@ -1,15 +1,22 @@
 """Clients that disconnect, senders that are slow, and servers that stop."""
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
-from typing import Any
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any, cast
 
 import pytest
 import uvicorn
 
-from precast.loaders.serving import protocol
+from precast.loaders.serving import app, protocol, requests
+from precast.loaders.serving.logs import Log
+from precast.loaders.serving.route import ApiRoute
 
 LONG: dict[str, Any] = {
     "model": "demo",
@@ -125,6 +132,77 @@ def test_case_17_slow_headers(monkeypatch) -> None:
     *slow, whole = asyncio.run(main())
     assert slow == [b"", b"", b""]
     assert whole.startswith(b"HTTP/1.1 204")
+
+
+class Reading:
+    """An application with one route, whose events never end; the deadline of its requests has passed."""
+
+    def __init__(self) -> None:
+        self.closed = asyncio.Event()
+        self.facts: dict[str, Any] = {}
+
+    async def handle(self, *_: Any) -> requests.EventReply:
+        async def events() -> AsyncIterator[bytes]:
+            while True:
+                yield b"a" * 100_000
+                await asyncio.sleep(0)
+
+        closing = contextlib.AsyncExitStack()
+        closing.callback(self.closed.set)
+        return requests.EventReply(events=events(), closing=closing)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        route = ApiRoute(method="GET", path="/", handler=self.handle, summary="")
+        endpoint = app.Endpoint(services=cast("Any", None), log=Log(), methods={"GET": route})
+        request = requests.Request(
+            id="", headers={}, path_params={}, deadline=time.monotonic(), facts=self.facts
+        )
+        await endpoint({**scope, "path_params": {}, "precast.request": request}, receive, send)
+
+
+def test_a_client_that_stops_reading(monkeypatch) -> None:
+    """After the deadline, the answer ends, and the connection is aborted."""
+    monkeypatch.setattr(requests, "_GRACE_S", 0.3)
+    reading = Reading()
+
+    async def main() -> bytes:
+        config = uvicorn.Config(reading, http=protocol.Protocol, lifespan="off", log_config=None)
+        server = uvicorn.Server(config)
+        config.load()
+        server.lifespan = config.lifespan_class(config)
+        listener = socket.create_server(("127.0.0.1", 0))
+        await server.startup([listener])
+        reader, writer = await asyncio.open_connection(*listener.getsockname(), limit=1000)
+        try:
+            writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            await asyncio.wait_for(reading.closed.wait(), 60)
+            while server.server_state.connections:
+                await asyncio.sleep(0.01)
+            return await reader.read(12)
+        finally:
+            writer.close()
+            await server.shutdown([listener])
+
+    assert asyncio.run(main()) == b"HTTP/1.1 200"
+    assert reading.facts == {"status": 499}
+
+
+HANGING = """
+import sys, threading
+from precast import cli
+from precast.loaders.serving import pool
+pool.load_verified = lambda *_: threading.Event().wait()
+cli.main(["serve", "--port", "0", "--drain-timeout", "0.1", sys.argv[1]])
+"""
+
+
+def test_a_load_that_hangs_does_not_delay_the_end(tiny_artifact) -> None:
+    command = [sys.executable, "-c", HANGING, str(tiny_artifact)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"Serving ")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 def test_sigterm_lets_answers_finish(start_server, tool_artifact) -> None:

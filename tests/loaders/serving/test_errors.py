@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from precast.loaders.serving.openai.schemas import ChatRequest
+from precast.loaders.serving.schema import parse
+
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 4}
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "the cat", "max_tokens": 4}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
@@ -83,6 +86,20 @@ def fault(server: Any, path: str, value: Any, **options: Any) -> tuple[int, dict
         ({"chat_template_kwargs": {"messages": []}}, None, None, None),
         ({"regex": "(((a{1000}){1000}){1000}"}, None, None, None),
         ({"regex": "a", "choice": ["b"]}, None, None, None),
+        ({"no_repeat_ngram_size": 65}, "no_repeat_ngram_size", "invalid_value", None),
+        ({"bad_words": ["a"] * 257}, "bad_words", "invalid_value", None),
+        (
+            {"logit_bias": {str(i): "a" for i in range(1234)}},
+            None,
+            "invalid_value",
+            "The body must have at most 100 unknown or invalid parameters, found 1,234.",
+        ),
+        (
+            {"messages": [3] * 1000},
+            "messages[0]",
+            "invalid_value",
+            "messages[0]: expected an object, found 3.",
+        ),
     ],
 )
 def test_chat_parameters(tiny_server, change, param, code, text) -> None:
@@ -200,8 +217,46 @@ def test_another_content_type(tiny_server) -> None:
 
 
 def test_a_body_that_is_too_long(tiny_server) -> None:
-    status, error = fault(tiny_server, "/v1/completions", b" " * (4 << 20) + b"{}")
-    assert (status, error["code"]) == (413, "body_too_large")
+    """The client gets the reply although the server does not read the body."""
+    for size in (4 << 20, 32 << 20):
+        body = b" " * size + b"{}"
+        assert fault(tiny_server, "/v1/completions", body)[1]["code"] == "body_too_large"
+        assert tiny_server.request("/v1/completions", body)[:2][1]["connection"] == "close"
+
+
+def test_connections_after_a_refusal(tiny_server) -> None:
+    """A connection stays open only if the body has been read."""
+    assert "connection" not in tiny_server.request("/v1/completions", {"x": 1})[1]
+    assert tiny_server.request("/nothing", {"x": 1})[1]["connection"] == "close"
+    assert "connection" not in tiny_server.request("/nothing")[1]
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "-1" + "0" * 400 + ".0"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_numbers_that_are_not_finite(tiny_server, path, number) -> None:
+    function = '{"name":"look","parameters":{"type":"object","minimum":NUMBER}}'.replace("NUMBER", number)
+    if path == "/v1/responses":
+        body = '{"model":"tiny","input":"fox","tools":[{"type":"function",' + function[1:] + "]}"
+    else:
+        body = json.dumps(CHAT)[:-1] + ',"tools":[{"type":"function","function":' + function + "}]}"
+    status, error = fault(tiny_server, path, body.encode())
+    assert status == 400
+    assert error["message"] == f"The body must be JSON with finite numbers only, found {number:.60}."
+
+
+def test_large_integers_and_words_are_no_such_numbers() -> None:
+    text = "NaN Infinity 1e999 " + "0" * 300
+    given = parse(
+        ChatRequest, json.dumps(CHAT | {"prediction": {"a": 10**5000 % 10**400, "b": text}}).encode()
+    )
+    assert given.prediction == {"a": 10**5000 % 10**400, "b": text}
+
+
+def test_the_log_cuts_names_of_models(tiny_server) -> None:
+    headers = {"x-request-id": "named"}
+    tiny_server.request("/v1/completions", TEXT | {"model": "m" * 100_000}, headers=headers)
+    (record,) = tiny_server.wait_for(lambda: tiny_server.records(request_id="named"))
+    assert record["model"] == "m" * 200
 
 
 def test_a_body_cut_short(tiny_server) -> None:
