@@ -175,9 +175,10 @@ def test_a_client_that_stops_reading(monkeypatch) -> None:
         reader, writer = await asyncio.open_connection(*listener.getsockname(), limit=1000)
         try:
             writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
-            await asyncio.wait_for(reading.closed.wait(), 60)
-            while server.server_state.connections:
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(30):
+                await reading.closed.wait()
+                while server.server_state.connections:
+                    await asyncio.sleep(0.01)
             return await reader.read(12)
         finally:
             writer.close()
@@ -202,7 +203,10 @@ def test_a_load_that_hangs_does_not_delay_the_end(tiny_artifact) -> None:
         assert process.stdout is not None
         assert process.stdout.readline().startswith(b"Serving ")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        try:
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
 
 
 def test_sigterm_lets_answers_finish(start_server, tool_artifact) -> None:
