@@ -76,7 +76,7 @@ def test_enough_threads_are_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_groups_that_limit_threads_are_seen(tmp_path: Path) -> None:
-    """Of all control groups, version 1 or 2, the one with the fewest remaining threads counts."""
+    """The control group with the fewest remaining threads counts, in version 1 and in version 2."""
     for name, text in {
         "proc/self/cgroup": "8:pids:/a\n0::/a/b\n",
         "sys/fs/cgroup/pids/a/pids.max": "100\n",

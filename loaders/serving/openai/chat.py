@@ -14,15 +14,13 @@ from ..requests import EventReply, Reply, Request, event, json_reply
 from ..schema import parse
 from .schemas import ChatRequest
 from .translate import chat_ask
-from .usage import fingerprint, timings, usage
+from .usage import DONE, fingerprint, timings, with_usage
 
 if TYPE_CHECKING:
     from ...generation.logprobs import TokenLogprob
     from ...generation.model import Model
     from ...generation.stream import Completion
     from ...text.answer_parser import Delta
-
-DONE = b"data: [DONE]\n\n"
 
 
 async def chat(services: Services, request: Request, body: bytes) -> Reply | EventReply:
@@ -46,7 +44,7 @@ def _read(body: bytes) -> tuple[ChatRequest, Ask]:
 
 def _reply(done: "Sequence[Completion]", head: Mapping[str, Any], model: "Model", ask: Ask) -> Reply:
     choices = [_choice(index, completion, model, ask) for index, completion in enumerate(done)]
-    return json_reply({**head, "choices": choices, "usage": usage(done, ask.count), "timings": timings(done)})
+    return json_reply(with_usage(head, choices, done, ask.count))
 
 
 def _head(kind: str, model: "Model", ask: Ask) -> dict[str, Any]:
@@ -120,7 +118,7 @@ async def _events(
             yield event(chunk(index, {}, completion.finish_reason) | {"timings": timings([completion])})
         if has_usage:
             done = [stream.completion for stream in answers.streams]
-            yield event({**head, "choices": [], "usage": usage(done, ask.count), "timings": timings(done)})
+            yield event(with_usage(head, [], done, ask.count))
         yield DONE
     except ApiError as error:
         yield event(openai_error(error))

@@ -14,10 +14,9 @@ from ..answers import Answers, Ask, Services, answering
 from ..errors import ApiError, openai_error
 from ..requests import EventReply, Reply, Request, event, json_reply
 from ..schema import parse
-from .chat import DONE
 from .schemas import CompletionRequest
 from .translate import completion_ask
-from .usage import fingerprint, timings, usage
+from .usage import DONE, fingerprint, timings, with_usage
 
 if TYPE_CHECKING:
     from ...generation.logprobs import TokenLogprob
@@ -59,7 +58,7 @@ def _reply(
 ) -> Reply:
     done = [_trimmed(completion, answers, given) for completion in completions]
     choices = [_choice(index, completion, answers, given) for index, completion in enumerate(done)]
-    return json_reply({**head, "choices": choices, "usage": usage(done, ask.count), "timings": timings(done)})
+    return json_reply(with_usage(head, choices, done, ask.count))
 
 
 def _trimmed(completion: "Completion", answers: Answers, given: CompletionRequest) -> "Completion":
@@ -145,7 +144,7 @@ async def _events(
                 yield event(chunk(index, delta.text, None))
         if has_usage:
             done = [stream.completion for stream in answers.streams]
-            yield event({**head, "choices": [], "usage": usage(done, ask.count), "timings": timings(done)})
+            yield event(with_usage(head, [], done, ask.count))
         yield DONE
     except ApiError as error:
         yield event(openai_error(error))

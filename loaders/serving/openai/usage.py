@@ -1,11 +1,22 @@
 """The counts and times that accompany answers of OpenAI's API."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ...generation.model import Model
     from ...generation.stream import Completion
+
+
+# The last event of a stream.
+DONE = b"data: [DONE]\n\n"
+
+
+def with_usage(
+    head: Mapping[str, Any], choices: Sequence[Mapping[str, Any]], done: "Sequence[Completion]", count: int
+) -> dict[str, Any]:
+    """Return a response, or the last chunk of a stream, with its counts and times; `count` is as for `usage`."""
+    return {**head, "choices": choices, "usage": usage(done, count), "timings": timings(done)}
 
 
 def usage(done: "Sequence[Completion]", count: int) -> dict[str, Any]:

@@ -116,22 +116,28 @@ def test_case_17_slow_headers(monkeypatch) -> None:
         return answer
 
     async def main() -> list[bytes]:
-        config = uvicorn.Config(app, http=protocol.Protocol, lifespan="off", log_config=None)
-        server = uvicorn.Server(config)
-        config.load()
-        server.lifespan = config.lifespan_class(config)
-        listener = socket.create_server(("127.0.0.1", 0))
-        await server.startup([listener])
-        port = listener.getsockname()[1]
         requests = (b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: a\r\n", b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
-        try:
+        async with listening(app) as (_, port):
             return list(await asyncio.gather(*(talk(port, data) for data in requests)))
-        finally:
-            await server.shutdown([listener])
 
     *slow, whole = asyncio.run(main())
     assert slow == [b"", b"", b""]
     assert whole.startswith(b"HTTP/1.1 204")
+
+
+@contextlib.asynccontextmanager
+async def listening(app: Any) -> AsyncIterator[tuple[uvicorn.Server, int]]:
+    """Serve an application with precast's protocol; yield the server and its port."""
+    config = uvicorn.Config(app, http=protocol.Protocol, lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
+    config.load()
+    server.lifespan = config.lifespan_class(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    await server.startup([listener])
+    try:
+        yield server, listener.getsockname()[1]
+    finally:
+        await server.shutdown([listener])
 
 
 class Reading:
@@ -166,23 +172,17 @@ def test_a_client_that_stops_reading(monkeypatch) -> None:
     reading = Reading()
 
     async def main() -> bytes:
-        config = uvicorn.Config(reading, http=protocol.Protocol, lifespan="off", log_config=None)
-        server = uvicorn.Server(config)
-        config.load()
-        server.lifespan = config.lifespan_class(config)
-        listener = socket.create_server(("127.0.0.1", 0))
-        await server.startup([listener])
-        reader, writer = await asyncio.open_connection(*listener.getsockname(), limit=1000)
-        try:
-            writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
-            async with asyncio.timeout(30):
-                await reading.closed.wait()
-                while server.server_state.connections:
-                    await asyncio.sleep(0.01)
-            return await reader.read(12)
-        finally:
-            writer.close()
-            await server.shutdown([listener])
+        async with listening(reading) as (server, port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1000)
+            try:
+                writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+                async with asyncio.timeout(30):
+                    await reading.closed.wait()
+                    while server.server_state.connections:
+                        await asyncio.sleep(0.01)
+                return await reader.read(12)
+            finally:
+                writer.close()
 
     assert asyncio.run(main()) == b"HTTP/1.1 200"
     assert reading.facts == {"status": 499}

@@ -115,7 +115,7 @@ def test_a_deadline_in_a_stream(limited) -> None:
 
 
 def test_a_full_queue(limited) -> None:
-    """Of ten requests, eight get a slot and one waits."""
+    """Ten requests arrive: eight get a slot, one waits, and one is refused."""
     limited.wait_for(lambda: limited.running() == 0)
     body = json.dumps(LONG | {"stream": True, "prompt": "Hello"}).encode()
     head = (
