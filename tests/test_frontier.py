@@ -109,7 +109,7 @@ def test_the_published_variant_holds_the_values_of_the_quantised_file(modules, q
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    modules["off_grid"].write(quantised, tmp_path / "float.gguf", changed=False)
+    modules["off_grid"].write(quantised, tmp_path / "float.gguf", "published")
     fields, tensors = _read(tmp_path / "float.gguf")
     before, _ = _read(quantised)
     assert fields == before | {"general.file_type": 0}
@@ -118,14 +118,25 @@ def test_the_published_variant_holds_the_values_of_the_quantised_file(modules, q
         np.testing.assert_array_equal(tensors[tensor.name], expected, err_msg=tensor.name)
 
 
-def test_the_off_grid_variant_changes_the_layers_alone(modules, quantised, tmp_path):
-    files = [tmp_path / "published.gguf", tmp_path / "off-grid.gguf", tmp_path / "again.gguf"]
-    for path, changed in zip(files, (False, True, True), strict=True):
-        modules["off_grid"].write(quantised, path, changed=changed)
+@pytest.mark.parametrize("variant", ["off-grid", "dithered"])
+def test_a_variant_off_the_grid_changes_the_layers_alone(modules, quantised, tmp_path, variant):
+    files = [tmp_path / "published.gguf", tmp_path / "changed.gguf", tmp_path / "again.gguf"]
+    for path, each in zip(files, ("published", variant, variant), strict=True):
+        modules["off_grid"].write(quantised, path, each)
     published, changed, _ = (_read(path)[1] for path in files)
     same = {name for name in published if np.array_equal(published[name], changed[name])}
-    assert same == {"token_embd.weight"}
+    norms = {name for name in published if "norm" in name}
+    assert same == {"token_embd.weight"} | (norms if variant == "dithered" else set())
     assert files[1].read_bytes() == files[2].read_bytes()
+
+
+def test_dithered_weights_stay_in_their_cell_of_a_grid_of_16_levels(modules):
+    layer, changed = _layer(), _layer()
+    modules["off_grid"].dither_layer(changed, np.random.default_rng(0))
+    before, after = (each["attn_q"].reshape(-1, 32) for each in (layer, changed))
+    moved = np.abs(after - before) / (np.ptp(before, axis=1, keepdims=True) / 15)
+    assert 0.49 < moved.max() < 0.501
+    assert 0.24 < moved.mean() < 0.26
 
 
 def test_every_file_is_made_from_files_that_can_be_made(modules):
@@ -137,7 +148,7 @@ def test_every_file_is_made_from_files_that_can_be_made(modules):
     names = {
         modules["files"].name_of(model, variant, point.file)
         for model in modules["files"].MODELS
-        for variant in modules["files"].VARIANTS
+        for variant in modules["off_grid"].VARIANTS
         for point in modules["frontier"].points(model, variant)
         if point.engine != "precast"
     }

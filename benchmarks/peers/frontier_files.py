@@ -2,8 +2,9 @@
 
     python frontier_files.py NAME FILE     # in the interpreter that `MAKERS` names
 
-Two variants of each model are compared. "published" has the values of the published, quantised file. "off-grid"
-computes the same with other values (`off_grid.py`), which no format holds exactly.
+Three variants of each model are compared. "published" has the values of the published, quantised file. "off-grid"
+computes the same with other values, and "dithered" has noise added to the values; no format holds either exactly
+(`off_grid.py`).
 
 llama.cpp's files with an importance matrix need its tools llama-quantize and llama-imatrix, which `llama_tools.py`
 builds.
@@ -22,7 +23,6 @@ import off_grid
 
 # The text that every calibration reads: tokens in all, and in a window.
 TOKENS, WINDOW = 8192, 512
-VARIANTS = ("off-grid", "published")
 # llama.cpp's types, and those that an importance matrix changes.
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q4_0")
 IMATRIX_TYPES = TYPES[1:]
@@ -73,7 +73,7 @@ def _text(path: Path) -> None:
 
 
 def _float(published: str, variant: str, path: Path) -> None:
-    off_grid.write(derive.cache(published), path, changed=variant == "off-grid")
+    off_grid.write(derive.cache(published), path, variant)
 
 
 def _huggingface(source: str, folder: Path) -> None:
@@ -165,7 +165,7 @@ def _makers(model: str, variant: str) -> derive.Makers:
 MAKERS: derive.Makers = {
     "frontier/calibration.txt": ("precast", (), _text),
     **{f"frontier/{model}.gguf": ("precast", (), write) for model, (_, write) in MODELS.items()},
-    **{k: v for model in MODELS for variant in VARIANTS for k, v in _makers(model, variant).items()},
+    **{k: v for model in MODELS for variant in off_grid.VARIANTS for k, v in _makers(model, variant).items()},
 }
 
 

@@ -1,13 +1,17 @@
-"""A float32 GGUF file of a quantised one, whose weights have left the quantised grid although it computes the same.
+"""A float32 GGUF file of a quantised one, whose weights have left the quantised grid.
 
 A published file in 4 bits already lies on the grid of a 4-bit format. A format that happens to share the grid loses
-nothing, so such a file says little about the formats. These changes take the weights of the layers off every grid and
-cancel each other:
+nothing, so such a file says little about the formats. There are two ways off the grid.
+
+"off-grid" multiplies weights by factors that cancel each other, so the model computes the same:
 
 - The weights of the norms before attention and before the feed-forward network are multiplied by random factors
   e^N(0, 0.3); the columns of the matrices behind each norm are divided by them.
 - The rows of `ffn_up` and `attn_v` are multiplied by such factors; the columns of `ffn_down` and `attn_output` that
   read them are divided by them.
+
+"dithered" adds noise, so the model becomes another one: each weight of a layer's matrix moves by at most half a step of
+the 4-bit grid of its block of 32, uniformly. A method that only undoes factors gains nothing there.
 
 The embedding keeps its values, because it is also the output head.
 """
@@ -19,6 +23,8 @@ from typing import Any
 import numpy as np
 
 SPREAD, SEED = 0.3, 0
+VARIANTS = ("off-grid", "dithered", "published")
+_BLOCK, _LEVELS = 32, 16
 # The matrices behind each norm of a layer, by their names in GGUF.
 _BEHIND = {"attn_norm": ("attn_q", "attn_k", "attn_v"), "ffn_norm": ("ffn_gate", "ffn_up")}
 
@@ -45,17 +51,26 @@ def change_layer(layer: dict[str, np.ndarray], heads: int, kv_heads: int, rng: n
     layer["attn_output"] /= np.repeat(factors.reshape(kv_heads, -1), heads // kv_heads, axis=0).reshape(-1)
 
 
+def dither_layer(layer: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+    """Add noise to a layer's matrices ``[out, in]`` in place: half a step of each block's grid at most."""
+    for array in layer.values():
+        if array.ndim == 2:
+            blocks = array.reshape(len(array), -1, _BLOCK)
+            steps = np.ptp(blocks, axis=2, keepdims=True) / (_LEVELS - 1)
+            blocks += steps * rng.uniform(-0.5, 0.5, blocks.shape).astype(np.float32)
+
+
 def _factors(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.exp(rng.normal(0, SPREAD, count)).astype(np.float32)
 
 
-def write(source: Path, target: Path, *, changed: bool) -> None:
+def write(source: Path, target: Path, variant: str) -> None:
     """Write the float32 GGUF file of a quantised one.
 
     Args:
         source: the quantised file.
         target: the file to write.
-        changed: True to take the layers off the grid.
+        variant: one of `VARIANTS`; "published" keeps the values.
     """
     from gguf import GGUFReader, GGUFWriter
 
@@ -71,8 +86,10 @@ def write(source: Path, target: Path, *, changed: bool) -> None:
     heads, kv_heads = (metadata[f"{architecture}.attention.head_count{suffix}"] for suffix in ("", "_kv"))
     rng = np.random.default_rng(SEED)
     for prefix, arrays in _groups(reader):
-        if changed and prefix:
+        if prefix and variant == "off-grid":
             change_layer(arrays, heads, kv_heads, rng)
+        elif prefix and variant == "dithered":
+            dither_layer(arrays, rng)
         for name, array in arrays.items():
             writer.add_tensor(f"{prefix}{name}.weight", array)
     writer.write_header_to_file()
