@@ -63,13 +63,14 @@ bench: $(READY) $(BENCH_READY)  ## compare with llama.cpp, OpenVINO, transformer
 	$(BIN)/python benchmarks/headline.py
 	$(BIN)/python benchmarks/three_mistakes.py
 	$(PYTHON) -m venv $(BENCH_PRECAST)  # not editable: an editable install starts more slowly, and the peers are installed normally too
-	$(BENCH_PRECAST)/bin/python $(PIP_INSTALL) '.[export]'
+	$(BENCH_PRECAST)/bin/python $(PIP_INSTALL) '.[export,serve]'
 	$(BENCH_PRECAST)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps .
 	$(BENCH_VENV)/bin/python benchmarks/peers/bench.py --precast-python $(BENCH_PRECAST)/bin/python $(BENCH_ARGS)
 	$(BENCH_VENV)/bin/python benchmarks/peers/prefixes.py --precast-python $(BENCH_PRECAST)/bin/python
 	$(BENCH_VENV)/bin/python benchmarks/peers/sizes.py --precast-python $(BENCH_PRECAST)/bin/python --shapes 1.2b 7b
-	-$(BENCH_VENV)/bin/python benchmarks/peers/llama_tools.py  # optional: frontier.py leaves out what needs the tools
+	-$(BENCH_VENV)/bin/python benchmarks/peers/llama_tools.py  # optional: frontier.py leaves out what needs the tools, and serving.py ends
 	$(BENCH_VENV)/bin/python benchmarks/peers/frontier.py --precast-python $(BENCH_PRECAST)/bin/python
+	-$(BENCH_VENV)/bin/python benchmarks/peers/serving.py --precast-python $(BENCH_PRECAST)/bin/python
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/src/*)
 	@echo "installing precast and its packages into $(VENV): 2 to 4 minutes, 1.2 GB"

@@ -1,9 +1,11 @@
-"""llama.cpp's tools llama-quantize and llama-imatrix, which its Python package lacks.
+"""llama.cpp's tools llama-quantize, llama-imatrix and llama-server, which its Python package lacks.
 
-    .venv-bench/bin/python benchmarks/peers/llama_tools.py     # builds them: about ten minutes on 2 cores
+    .venv-bench/bin/python benchmarks/peers/llama_tools.py [NAME …]    # builds them: about ten minutes on 2 cores
 
 They are built from the source package of the installed llama-cpp-python, so that the tools and the measured library are
-of one version, and put beside the interpreter. Without them, `frontier.py` leaves out the files that need them.
+of one version, and put beside the interpreter. Like the library, they are compiled for this machine's processor.
+Without llama-quantize and llama-imatrix, `frontier.py` leaves out the files that need them. `serving.py` needs
+llama-server.
 """
 
 import os
@@ -12,16 +14,20 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 NAMES = ("llama-quantize", "llama-imatrix")
+SERVER = "llama-server"
 _BIN = Path(sys.executable).parent
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
     "-DLLAMA_BUILD_TOOLS=ON",
-    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_SERVER=ON",
+    "-DLLAMA_BUILD_UI=OFF",  # the server's web page, which a build would download
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_OPENSSL=OFF",
@@ -38,8 +44,8 @@ def missing() -> list[str]:
     return [name for name in NAMES if find(name) is None]
 
 
-def build() -> None:
-    """Fetch the source of the installed version, build the tools, and copy them beside the interpreter."""
+def build(names: Sequence[str]) -> None:
+    """Fetch the source of the installed version, build tools, and copy them beside the interpreter."""
     cmake = find("cmake") or "cmake"
     package = f"llama-cpp-python=={version('llama-cpp-python')}"
     with tempfile.TemporaryDirectory(prefix="llama-tools-") as folder:
@@ -51,11 +57,13 @@ def build() -> None:
         source = next(Path(folder).glob("*/vendor/llama.cpp"))
         built = Path(folder) / "built"
         subprocess.run([cmake, "-S", source, "-B", built, *_OPTIONS], check=True)
-        targets = ["--target", *NAMES, "--parallel", str(os.cpu_count())]
+        targets = ["--target", *names, "--parallel", str(os.cpu_count())]
         subprocess.run([cmake, "--build", built, *targets], check=True)
-        for name in NAMES:
+        for name in names:
             shutil.copy2(built / "bin" / name, _BIN / name)
 
 
 if __name__ == "__main__":
-    build()
+    if unknown := set(sys.argv[1:]) - {*NAMES, SERVER}:
+        raise SystemExit(f"expected {', '.join((*NAMES, SERVER))}, found {', '.join(sorted(unknown))}")
+    build(sys.argv[1:] or (*NAMES, SERVER))

@@ -1,5 +1,6 @@
 """precast, loaded as by `precast run`: an artifact and its engine, without jax."""
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,6 +47,15 @@ class Precast:
             times.append(completion.timing.queue_s + completion.timing.prefill_s)
             ids += completion.token_ids
         return times
+
+    def together(self, conversations: Sequence, answer: int, temperature: float) -> dict:
+        from precast.loaders.generation.sampling_params import SamplingParams
+
+        prompts = [self._model.chat_prompt(each, literal=True) for each in conversations]
+        params = SamplingParams(max_tokens=answer, ignore_eos=True, temperature=temperature, seed=1)
+        started = time.perf_counter()
+        done = self._model.generate_many(prompts, params)
+        return {"seconds": time.perf_counter() - started, "texts": [each.text for each in done]}
 
     def logits(self, ids: Sequence[int], first: int) -> Iterator[object]:
         from precast.loaders.audit.evaluate import ArtifactScorer

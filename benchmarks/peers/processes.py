@@ -24,7 +24,7 @@ class Answer:
     others: float
 
 
-def _machine_busy() -> float:
+def machine_busy() -> float:
     """Return the CPU time in seconds that all processes have used since the machine started."""
     user, nice, system, _, _, irq, soft, steal, *_ = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
@@ -32,7 +32,7 @@ def _machine_busy() -> float:
     return (user + nice + system + irq + soft + steal) / _TICK
 
 
-def _process_busy(pid: int) -> float:
+def process_busy(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICK
 
@@ -42,9 +42,9 @@ def wait_for_quiet(patience: float, limit: float = 0.05) -> bool:
     ends = time.monotonic() + patience
     cores = len(os.sched_getaffinity(0))
     while time.monotonic() < ends:
-        before = _machine_busy()
+        before = machine_busy()
         time.sleep(0.2)
-        if _machine_busy() - before <= limit * 0.2 * cores + 1 / _TICK:
+        if machine_busy() - before <= limit * 0.2 * cores + 1 / _TICK:
             return True
     return False
 
@@ -53,14 +53,14 @@ def command(contender: Contender, model: Path, interpreter: str) -> list[str]:
     return [interpreter, str(WORKER), contender.worker, str(model), json.dumps(dict(contender.options))]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     # Remove the benchmark's own settings of threads. OpenMP's defaults are the fastest for a worker that runs alone.
     # Every worker runs alone, because idle workers are stopped.
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_", "GOMP_", "MKL_"))}
     return kept | {"TF_CPP_MIN_LOG_LEVEL": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Make the operating system kill the worker when the benchmark dies. Otherwise, a stopped worker would remain.
 
     The call is prctl(PR_SET_PDEATHSIG, SIGKILL).
@@ -80,8 +80,8 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=_environment(),
-                preexec_fn=_die_with_parent,  # safe, because the benchmark has only one thread
+                env=environment(),
+                preexec_fn=die_with_parent,  # safe, because the benchmark has only one thread
             )
         self.hello = self._read()
         self._stop()
@@ -98,11 +98,11 @@ class Worker:
     def ask(self, **request: object) -> Answer:
         pid, cores = self._process.pid, len(os.sched_getaffinity(0))
         self._process.send_signal(signal.SIGCONT)
-        machine, own, started = _machine_busy(), _process_busy(pid), time.monotonic()
+        machine, own, started = machine_busy(), process_busy(pid), time.monotonic()
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         values = self._read()
-        foreign = (_machine_busy() - machine) - (_process_busy(pid) - own)
+        foreign = (machine_busy() - machine) - (process_busy(pid) - own)
         self._stop()
         return Answer(values=values, others=max(0.0, foreign / cores / (time.monotonic() - started)))
 
@@ -119,7 +119,7 @@ def first_token(contender: Contender, model: Path, interpreter: str, ids: Sequen
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        env=_environment(),
+        env=environment(),
     )
     if done.returncode or not done.stdout:
         raise SystemExit(f"{contender.label} failed:\n{done.stderr[-2000:]}")

@@ -8,6 +8,8 @@ Each line of standard input is a request in JSON, and each line of standard outp
     {"score": ids, "first": i, "out": path} -> {}; logits of the positions i … len − 2 as float32 in a .npy file
     {"chat": turns, "answer": n} -> {"first_token_s": […]}; turns of new ids, each with a greedy answer of n tokens
     {"store": ids, "out": path} -> {}; writes the keys and values of the ids to a file (only llama.cpp)
+    {"together": conversations, "answer": n, "temperature": t} -> {"seconds": …, "texts": […]}; answers of n tokens to
+        all conversations at once (only precast)
     {"weights": true}              -> {"bytes": n}; size of all weights with their scales
     {"windows": [tokens, window]}  -> {"windows": [[…], …]}; token ids of a text (only precast)
 The first line of output describes the load: {"loaded_s": …, "versions": {…}}. If a prompt is given as fourth argument,
@@ -77,6 +79,8 @@ def answer(engine: Engine, command: dict) -> dict:
     if "store" in command:
         engine.store(command["store"], command["out"])
         return {}
+    if "together" in command:
+        return engine.together(command["together"], command["answer"], command["temperature"])
     if "weights" in command:
         return {"bytes": engine.weight_bytes()}
     if "windows" in command:

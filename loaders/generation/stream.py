@@ -141,7 +141,8 @@ class Stream(Iterator[str], AsyncIterator[str]):
     whichever comes first.
 
     ``async for`` computes in a worker thread of the event loop's default executor, so it never blocks the loop. All
-    streams of the loop share that thread. Cancelling the task ends the generation before its next token.
+    streams of the loop share that thread, which computes ahead while the loop is busy. Cancelling the task ends the
+    generation before its next token.
 
     A stream is thread-safe. Threads that read concurrently receive different pieces. `close` may be called from any
     thread, and waits for the current step. After a failure, every read raises the error of the failure.

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from ...text.answer_parser import ReasoningDelta, ToolCallDelta
+from ...text.answer_parser import ContentDelta, ReasoningDelta, ToolCallDelta
 from ..answers import Answers, Ask, Services, answering
 from ..errors import ApiError, openai_error
-from ..requests import EventReply, Reply, Request, event, json_reply
+from ..requests import EventReply, Reply, Request, event, json_reply, text_event
 from ..schema import parse
 from .schemas import ChatRequest
 from .translate import chat_ask
@@ -107,10 +107,18 @@ async def _events(
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**head, "choices": [choice], **spare}
 
+    indexes, is_plain = range(len(answers.streams)), "logprobs" not in ask.fields
+    content_events = [
+        text_event(lambda text, i=index: chunk(i, {"content": text}))  # type: ignore[misc]
+        for index in (indexes if is_plain else ())
+    ]
     try:
-        for index in range(len(answers.streams)):
+        for index in indexes:
             yield event(chunk(index, {"role": "assistant", "content": ""}))
         async for index, delta in answers.deltas():
+            if is_plain and isinstance(delta, ContentDelta):
+                yield content_events[index](delta.text)
+                continue
             if delta is not None:
                 yield event(chunk(index, _delta(delta)))
                 continue

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...text.answer_parser import ContentDelta
 from ..answers import Answers, Ask, Services, answering
 from ..errors import ApiError, openai_error
-from ..requests import EventReply, Reply, Request, event, json_reply
+from ..requests import EventReply, Reply, Request, event, json_reply, text_event
 from ..schema import parse
 from .schemas import CompletionRequest
 from .translate import completion_ask
@@ -135,9 +135,16 @@ async def _events(
         choice = {"index": index, "text": text, "logprobs": found, "finish_reason": reason}
         return {**head, "choices": [choice], **spare}
 
+    is_plain = given.logprobs is None
+    text_events = [
+        text_event(lambda text, i=index: chunk(i, text, None))  # type: ignore[misc]
+        for index in (range(len(answers.streams)) if is_plain else ())
+    ]
     try:
         async for index, delta in answers.deltas():
-            if delta is None:
+            if is_plain and isinstance(delta, ContentDelta):
+                yield text_events[index](delta.text)
+            elif delta is None:
                 completion = answers.streams[index].completion
                 yield event(chunk(index, "", completion.finish_reason) | {"timings": timings([completion])})
             elif isinstance(delta, ContentDelta):

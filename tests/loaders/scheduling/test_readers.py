@@ -129,9 +129,10 @@ def test_event_loops_of_several_threads_share_a_scheduler(
 
 def test_an_interrupted_step_reaches_the_tasks(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
     engine = fake_engine(slots=2)
-    scheduler = Scheduler(engine, caches=1)
+    scheduler, all_wait = Scheduler(engine, caches=1), threading.Event()
 
     def interrupt(name: str) -> None:
+        all_wait.wait(LONGEST_S)
         if name == "decode":
             engine.before = lambda name: None
             raise Interrupt
@@ -140,7 +141,10 @@ def test_an_interrupted_step_reaches_the_tasks(fake_engine: Any, new_sequence: A
 
     async def use() -> list[Any]:
         streams = [Stream(scheduler, new_sequence([n])) for n in range(4)]
-        return await asyncio.gather(*map(collect, streams), return_exceptions=True)
+        tasks = [asyncio.create_task(collect(stream)) for stream in streams]
+        await asyncio.sleep(0)
+        all_wait.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
 
     found = finished(lambda: asyncio.run(use()))
     assert isinstance(found, list)
@@ -192,6 +196,59 @@ def test_a_cancelled_job_of_the_executor_fails_the_tasks(fake_engine: Any, new_s
     found = finished(lambda: asyncio.run(use()))
     assert isinstance(found, list)
     assert [str(error) for error in found] == ["the event loop's executor was shut down"] * 3
+
+
+def test_a_sequence_runs_ahead_of_a_busy_reader(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
+    """The model computes until the sequence pauses, even if no reader waits; the thread then ends."""
+    scheduler = Scheduler(fake_engine(), caches=1)
+    sequence = new_sequence([1], limit=30, most_unread=4)
+    stream = Stream(scheduler, sequence)
+
+    async def use() -> tuple[int, list[int]]:
+        loop = asyncio.get_running_loop()
+        await anext(stream)
+        end = time.monotonic() + LONGEST_S
+        while loop in scheduler.async_readers._loops and time.monotonic() < end:
+            await asyncio.sleep(0.001)
+        return len(sequence.unread), await collect(stream)
+
+    assert finished(lambda: asyncio.run(use())) in [(n, alone([1], limit=30)) for n in (3, 4)]
+
+
+def test_one_call_wakes_all_readers_of_a_step(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
+    class CountingLoop(asyncio.SelectorEventLoop):
+        """An event loop that records the number of readers that each call wakes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.woken: list[int] = []
+
+        def call_soon_threadsafe(self, callback: Any, *given: Any, **options: Any) -> asyncio.Handle:
+            self.woken += [len(each) for each in given if isinstance(each, list)]
+            return super().call_soon_threadsafe(callback, *given, **options)
+
+    engine, loop = fake_engine(slots=4), CountingLoop()
+    scheduler = Scheduler(engine, caches=1)
+    sequences = [new_sequence([n], limit=9) for n in range(4)]
+    streams = [Stream(scheduler, sequence) for sequence in sequences]
+
+    def all_wait(name: str) -> None:
+        end, running = time.monotonic() + LONGEST_S, sum(not sequence.ended for sequence in sequences)
+        while len(scheduler.async_readers._loops[loop].waiting) < running:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    engine.before = all_wait
+
+    async def use() -> list[list[int]]:
+        return await asyncio.gather(*map(collect, streams))
+
+    def run() -> list[list[int]]:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            return runner.run(use())
+
+    assert finished(run) == [alone([n], limit=9) for n in range(4)]
+    assert max(loop.woken) == 4
 
 
 def abandoned_loop(
