@@ -108,3 +108,8 @@ def test_ratios_are_those_of_the_rounds(peers: SimpleNamespace) -> None:
     assert (found["start"]["min"], found["start"]["max"]) == (0.5, 1.0)
     assert (found["eight"]["tokens_per_s"]["min"], found["eight"]["tokens_per_s"]["max"]) == (2.0, 4.0)
     assert found["eight"]["first_token_p95_s"]["max"] == 2.0
+
+
+def test_the_document_shows_the_committed_results(peers: SimpleNamespace) -> None:
+    result = json.loads((PEERS.parent / "results" / "serving.json").read_text())
+    assert peers.report.summary(result) in (PEERS.parents[1] / "docs" / "performance.md").read_text()

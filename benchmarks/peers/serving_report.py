@@ -68,6 +68,35 @@ def table(result: Mapping) -> str:
     return "\n\n".join([_loads(result), _servers(result), _compared(result)])
 
 
+def summary(result: Mapping) -> str:
+    """Return the medians as the table of docs/performance.md."""
+    columns = (
+        "SmolLM2-135M-Instruct, 2 threads",
+        "8 streams, tokens/s",
+        "first token, p95, ms",
+        "8 streams, shared prompt, tokens/s",
+        "first token, p95, ms",
+        "1 stream, tokens/s",
+        "start, s",
+        "peak memory, MB",
+    )
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    for name, label in result["labels"].items():
+        eight, shared, one = (result["loads"][load][name] for load in ("eight", "shared", "sampled"))
+        cells = [
+            f"{eight['tokens_per_s']['median']:.0f}",
+            f"{eight['first_token_p95_s']['median'] * 1e3:.0f}",
+            f"{shared['tokens_per_s']['median']:.0f}",
+            f"{shared['first_token_p95_s']['median'] * 1e3:.0f}",
+            f"{one['tokens_per_s']['median']:.0f}",
+            f"{result['start_s'][name]['median']:.2f}",
+            f"{result['memory'][name]['peak_rss_bytes'] / 1e6:.0f}",
+        ]
+        shown = f"**{label}**" if label.startswith("precast") else label
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _loads(result: Mapping) -> str:
     lines = [
         f"| {' | '.join(_COLUMNS)} |",

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..artifact.compat import choose_target
 from ..artifact.errors import PrecastError
-from ..artifact.files import read_checked
-from ..artifact.golden import parse_golden
 from ..artifact.units import size_text
-from ..audit.verify import replay
+from ..audit.replayed import replay_once
 from ..generation.scheduler import Scheduler
 from ..load import load
 from ..locate import find_artifact, read_manifest
@@ -244,17 +242,14 @@ def _measure(source: Path | str, settings: ServeSettings, log: _Log) -> tuple[Pa
 
 
 def load_verified(root: Path, settings: ServeSettings, log: _Log) -> "Model":
-    """Load an artifact, and replay its golden answers.
+    """Load an artifact, and replay its golden answers if that has not been done on this machine.
 
     Raises:
         PrecastError: the artifact does not load, or an answer differs.
     """
-    model = load(root, **(settings.loading or {}), log=log)
-    manifest = model.manifest
-    data = read_checked(root, manifest.golden, manifest.files[manifest.golden])
-    report = replay(model, parse_golden(data, manifest, str(root / manifest.golden)), str(root))
-    if report.problems:
-        raise PrecastError(report.problems[0])
+    given = settings.loading or {}
+    model = load(root, **given, log=log)
+    replay_once(model, root, again=given.get("rehash", False))
     # One KV cache: the scheduler queues the answers beyond its slots.
     model.scheduler = Scheduler(model.engine, caches=1, prefixes=model.prefixes)
     return model

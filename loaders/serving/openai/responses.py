@@ -9,15 +9,14 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from ...text.answer_parser import ContentDelta, ToolCallDelta
-from ..answers import Answers, Ask, Services, answering, reasoning_tokens
+from ..answers import Answers, Services, answering
 from ..errors import ApiError
-from ..requests import EventReply, Reply, Request, event, json_bytes, json_reply
+from ..requests import EventReply, Reply, Request, event, json_reply
 from ..schema import parse
 from .response_schemas import ResponseRequest
 from .response_translate import new_messages, response_ask
 
 if TYPE_CHECKING:
-    from ...generation.model import Model
     from ...generation.stream import Completion
     from ...text.answer_parser import Delta
 
@@ -29,21 +28,19 @@ async def responses(services: Services, request: Request, body: bytes) -> Reply 
     before = [] if previous is None else services.responses.messages(previous)
     ask, head = await services.prepare(request, lambda: (response_ask(given, before), _head(given)))
 
-    def keep(done: "Completion", shown: bytes) -> None:
+    def keep(done: "Completion") -> None:
         if given.store is not False:
-            messages = [*before, *new_messages(given.input), done.message()]
-            services.responses.add(head["id"], messages, shown)
+            services.responses.add(head["id"], [*before, *new_messages(given.input), done.message()])
 
     async with AsyncExitStack() as stack:
         answers = await stack.enter_async_context(answering(services, request, ask))
-        head |= _sampling(answers.model, ask)
         if given.stream:
 
             async def events() -> AsyncIterator[bytes]:
                 async for each in _events(answers, head):
                     yield event(each, each["type"])
                     if each["type"] in ("response.completed", "response.incomplete"):
-                        keep(answers.streams[0].completion, json_bytes(each["response"]))
+                        keep(answers.streams[0].completion)
 
             return EventReply(events=events(), closing=stack.pop_all())
         items = _Items()
@@ -52,26 +49,14 @@ async def responses(services: Services, request: Request, body: bytes) -> Reply 
                 deque(items.take(delta), maxlen=0)
         done = answers.streams[0].completion
         deque(items.close(done), maxlen=0)
+        keep(done)
         # In a thread, because the reply repeats the request's tools, and reasoning is tokenised.
-        reply = await asyncio.to_thread(lambda: json_reply(head | _ended(done, items.items, answers)))
-        keep(done, reply.body)
-        return reply
-
-
-async def show_response(services: Services, request: Request, body: bytes) -> Reply:
-    """Show an earlier response."""
-    return Reply(body=services.responses.body(request.path_params["response_id"]))
-
-
-async def delete_response(services: Services, request: Request, body: bytes) -> Reply:
-    """Forget an earlier response."""
-    identifier = request.path_params["response_id"]
-    services.responses.remove(identifier)
-    return json_reply({"id": identifier, "object": "response", "deleted": True})
+        return await asyncio.to_thread(lambda: json_reply(head | _ended(done, items.items, answers)))
 
 
 def _head(given: ResponseRequest) -> dict[str, Any]:
     """Return the response before its answer begins: it repeats the request's parameters."""
+    form = given.text.format if given.text else None
     shown = given.model_dump(by_alias=True)
     return {
         "id": f"resp_{secrets.token_hex(12)}",
@@ -84,46 +69,31 @@ def _head(given: ResponseRequest) -> dict[str, Any]:
         "incomplete_details": None,
         "instructions": given.instructions,
         "max_output_tokens": given.max_output_tokens,
-        "max_tool_calls": None,
         "metadata": given.metadata or {},
         "model": given.model,
         "output": [],
         "parallel_tool_calls": True,
         "previous_response_id": given.previous_response_id,
-        "prompt_cache_key": given.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None},
-        "safety_identifier": given.safety_identifier,
         "service_tier": "default",
         "store": given.store is not False,
-        "text": {"format": _format(given)},
+        "temperature": given.temperature,
+        "text": {"format": {"type": "text"} if form is None else shown["text"]["format"]},
         "tool_choice": shown["tool_choice"] or "auto",
         "tools": shown["tools"] or [],
-        "top_logprobs": 0,
+        "top_p": given.top_p,
         "truncation": "disabled",
         "usage": None,
         "user": given.user,
     }
 
 
-def _format(given: ResponseRequest) -> dict[str, Any]:
-    """Return the form of the answer."""
-    form = given.text.format if given.text else None
-    if form is None or form.type != "json_schema":
-        return {"type": "text" if form is None else form.type}
-    return form.model_dump(by_alias=True) | {"strict": form.strict is not False}
-
-
-def _sampling(model: "Model", ask: Ask) -> dict[str, Any]:
-    """Return the sampling parameters of the answer: those of the request, and the model's defaults for the others."""
-    defaults = model.default_sampling()
-    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
-    return {name: ask.fields.get(name, getattr(defaults, name)) for name in names}
-
-
 def _ended(done: "Completion", items: Sequence[Mapping[str, Any]], answers: Answers) -> dict[str, Any]:
     """Return the parts of a response that its answer decides."""
     is_cut = done.finish_reason == "length"
     cached, prompt, tokens = done.timing.cached_tokens, len(done.prompt_token_ids), len(done.token_ids)
+    encode = answers.model.tokenizer.encode
+    reasoning = len(encode(done.reasoning, add_special_tokens=False)) if done.reasoning else 0
     return {
         "status": "incomplete" if is_cut else "completed",
         "completed_at": None if is_cut else int(time.time()),
@@ -133,7 +103,7 @@ def _ended(done: "Completion", items: Sequence[Mapping[str, Any]], answers: Answ
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": cached},
             "output_tokens": tokens,
-            "output_tokens_details": {"reasoning_tokens": reasoning_tokens(done, answers.model)},
+            "output_tokens_details": {"reasoning_tokens": min(reasoning, tokens)},
             "total_tokens": prompt + tokens,
         },
     }

@@ -1,0 +1,64 @@
+"""Golden answers are replayed once for each combination of artifact and machine."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.audit import replayed
+
+
+@pytest.fixture
+def replays(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets an item at each replay, and use an empty cache folder."""
+    found: list[str] = []
+    original = replayed.replay
+
+    def counted(model: Any, golden: Any, where: str) -> Any:
+        found.append(where)
+        return original(model, golden, where)
+
+    monkeypatch.setattr(replayed, "replay", counted)
+    return found
+
+
+def test_a_success_is_recorded(replays: list[str], tiny_model: Any, tiny_artifact: Path) -> None:
+    for _ in range(2):
+        replayed.replay_once(tiny_model, tiny_artifact)
+    assert replays == [str(tiny_artifact)]
+    replayed.replay_once(tiny_model, tiny_artifact, again=True)
+    assert len(replays) == 2
+
+
+def test_another_machine_replays_again(
+    replays: list[str], tiny_model: Any, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed.replay_once(tiny_model, tiny_artifact)
+    machine = replace(replayed.this_machine(cuda=False), jaxlib="0.0.1")
+    monkeypatch.setattr(replayed, "this_machine", lambda cuda: machine)
+    replayed.replay_once(tiny_model, tiny_artifact)
+    assert len(replays) == 2
+
+
+def test_a_failure_is_not_recorded(
+    replays: list[str], tiny_model: Any, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("precast.loaders.audit.verify._token_problems", lambda *_: ["a token differs"])
+        for _ in range(2):
+            with pytest.raises(PrecastError, match="a token differs"):
+                replayed.replay_once(tiny_model, tiny_artifact)
+    replayed.replay_once(tiny_model, tiny_artifact)
+    assert len(replays) == 3
+
+
+def test_without_a_cache_folder_each_call_replays(
+    replays: list[str], tiny_model: Any, tiny_artifact: Path, own_cache: Path
+) -> None:
+    own_cache.mkdir()
+    (own_cache / "replayed").write_text("a file")
+    for _ in range(2):
+        replayed.replay_once(tiny_model, tiny_artifact)
+    assert len(replays) == 2
