@@ -12,7 +12,7 @@ BENCH_PRECAST ?= .venv-bench-precast
 PYTEST = $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP_INSTALL = .ci/pip_install.py --constraint constraints.txt
 
-.PHONY: help demo test test-long lint wheel docs bench fuzz kill interrupt
+.PHONY: help demo test test-long lint wheel docs bench fuzz fuzz-serve kill interrupt
 
 help:  ## show the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv]"
@@ -49,12 +49,15 @@ wheel: $(READY)  ## build the manylinux wheel into dist/
 docs: $(DOCS_READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 PRECAST_TYPES=$(VENV)/types $(BIN)/mkdocs build --strict
 
-# Each of these three targets prints the faults that it finds, and the commands that repeat them.
+# Each of these four targets prints the faults that it finds, and the commands that repeat them.
 fuzz: $(READY)  ## load 20,000 mutated artifacts
 	$(BIN)/python tests/fuzz/run.py --cases 20000 --seed 1 $(FUZZ_ARGS)
 
 kill: $(READY)  ## kill six commands that write, 200 times
 	$(BIN)/python tests/fuzz/kill.py --kills 200 --seed 1 $(KILL_ARGS)
+
+fuzz-serve: $(READY)  ## send the server 10,000 generated requests, most of them malformed
+	$(BIN)/python tests/fuzz/serve.py --examples 900 --seed 1 $(FUZZ_SERVE_ARGS)
 
 interrupt: $(READY)  ## press Ctrl-C in 13 commands, 130 times
 	$(BIN)/python tests/fuzz/interrupt.py --tries 130 --seed 1 $(INTERRUPT_ARGS)

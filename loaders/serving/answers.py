@@ -278,6 +278,12 @@ async def _merged(streams: "Sequence[Stream]") -> "AsyncIterator[tuple[int, Delt
         await asyncio.gather(*readers, return_exceptions=True)
 
 
+def reasoning_tokens(done: "Completion", model: "Model") -> int:
+    """Return the number of tokens in an answer's reasoning."""
+    found = len(model.tokenizer.encode(done.reasoning, add_special_tokens=False)) if done.reasoning else 0
+    return min(found, len(done.token_ids))
+
+
 def _facts(done: "Sequence[Completion]") -> dict[str, Any]:
     """Return the facts about answers for the log."""
     return {

@@ -8,35 +8,11 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from .reply_schemas import ERRORS, REPLIES
 from .route import ApiRoute
 
+_JSON = "application/json"
 _REF = "#/components/schemas/{model}"
-_TEXT, _NULL_TEXT = {"type": "string"}, {"type": ["string", "null"]}
-_ERRORS: Mapping[str, Any] = {
-    "openai": {
-        "type": "object",
-        "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": ["message", "type", "param", "code"],
-                "properties": {"message": _TEXT, "type": _TEXT, "param": _NULL_TEXT, "code": _NULL_TEXT},
-            }
-        },
-    },
-    "anthropic": {
-        "type": "object",
-        "required": ["type", "error"],
-        "properties": {
-            "type": {"const": "error"},
-            "error": {
-                "type": "object",
-                "required": ["type", "message"],
-                "properties": {"type": _TEXT, "message": _TEXT},
-            },
-        },
-    },
-}
 _STYLE = (
     ":root{color-scheme:light dark;font:16px/1.5 system-ui,sans-serif}"
     "body{max-width:60rem;margin:2rem auto;padding:0 1rem}"
@@ -53,13 +29,12 @@ def openapi(routes: Sequence[ApiRoute]) -> dict[str, Any]:
     for route in routes:
         body = None if route.schema is None else names[(route.schema, "validation")]
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, body)
-    errors = {f"{api}_error": schema for api, schema in _ERRORS.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "precast", "version": version("precast")},
         "paths": paths,
         "components": {
-            "schemas": {**definitions.get("$defs", {}), **errors},
+            "schemas": {**definitions.get("$defs", {}), **ERRORS, **REPLIES},
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -69,24 +44,39 @@ def openapi(routes: Sequence[ApiRoute]) -> dict[str, Any]:
 
 
 def _operation(route: ApiRoute, body: Mapping[str, Any] | None) -> dict[str, Any]:
-    error = {"$ref": _REF.format(model=f"{route.api}_error")}
     found: dict[str, Any] = {
         "summary": route.summary,
         "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
         "responses": {
-            "200": {"description": "The answer."},
-            "default": {"description": "An error.", "content": {"application/json": {"schema": error}}},
+            "200": {"description": "The answer.", "content": _content(route)},
+            "default": {"description": "An error.", "content": {_JSON: {"schema": _error(route)}}},
         },
     }
     if not route.is_public:
         found["security"] = [{"bearer": []}, {"key": []}, {}]
     if variables := re.findall(r"\{(\w+)\}", route.path):
         found["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": _TEXT} for name in variables
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in variables
         ]
     if body is not None:
-        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+        found["requestBody"] = {"required": True, "content": {_JSON: {"schema": body}}}
     return found
+
+
+def _content(route: ApiRoute) -> dict[str, Any]:
+    """Return the media types of a reply, with their schemas."""
+    schema = {"type": "string"} if route.reply is None else {"$ref": _REF.format(model=route.reply)}
+    found = {route.media_type: {"schema": schema}}
+    if route.schema is not None and "stream" in route.schema.model_fields:
+        found["text/event-stream"] = {"schema": {"$ref": _REF.format(model="event")}}
+    return found
+
+
+def _error(route: ApiRoute) -> dict[str, Any]:
+    """Return the schema of an error, which also depends on the header anthropic-version."""
+    names = dict.fromkeys([f"{route.api}_error", "anthropic_error"])
+    found = [{"$ref": _REF.format(model=name)} for name in names]
+    return found[0] if len(found) == 1 else {"anyOf": found}
 
 
 def page(routes: Sequence[ApiRoute]) -> str:

@@ -20,6 +20,8 @@ class ApiRoute(Frozen):
         api: the API whose error format to use, "openai" or "anthropic".
         summary: one sentence for the documentation.
         schema: the schema of the body; None without a body.
+        reply: the name of the reply's schema in `REPLIES`; None for a text.
+        media_type: the reply's type.
         is_public: True if no key is needed.
     """
 
@@ -29,4 +31,6 @@ class ApiRoute(Frozen):
     summary: str
     api: str = "openai"
     schema: type[Schema] | None = None
+    reply: str | None = None
+    media_type: str = "application/json"
     is_public: bool = False

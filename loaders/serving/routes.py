@@ -38,39 +38,92 @@ def _docs_reply() -> Reply:
     return Reply(body=text.encode(), media_type="text/html; charset=utf-8", headers=_PAGE)
 
 
-def _get(path: str, handler: Handler, summary: str, *, is_public: bool = False) -> ApiRoute:
-    return ApiRoute(method="GET", path=path, handler=handler, summary=summary, is_public=is_public)
+def _get(
+    path: str,
+    handler: Handler,
+    summary: str,
+    *,
+    is_public: bool = False,
+    reply: str | None = None,
+    media_type: str = "application/json",
+) -> ApiRoute:
+    return ApiRoute(
+        method="GET",
+        path=path,
+        handler=handler,
+        summary=summary,
+        is_public=is_public,
+        reply=reply,
+        media_type=media_type,
+    )
 
 
 def _post(
-    path: str, handler: Handler, schema: type[Schema], summary: str, *, api: str = "openai"
+    path: str, handler: Handler, schema: type[Schema], summary: str, *, reply: str, api: str = "openai"
 ) -> ApiRoute:
-    return ApiRoute(method="POST", path=path, handler=handler, summary=summary, api=api, schema=schema)
+    return ApiRoute(
+        method="POST", path=path, handler=handler, summary=summary, api=api, schema=schema, reply=reply
+    )
 
 
 ROUTES = (
-    _post("/v1/chat/completions", chat.chat, ChatRequest, "Answer a chat."),
-    _post("/v1/completions", completions.completions, CompletionRequest, "Continue prompts."),
+    _post("/v1/chat/completions", chat.chat, ChatRequest, "Answer a chat.", reply="chat_reply"),
     _post(
-        "/v1/responses", responses.responses, ResponseRequest, "Answer a chat, or continue an earlier one."
+        "/v1/completions",
+        completions.completions,
+        CompletionRequest,
+        "Continue prompts.",
+        reply="completion_reply",
     ),
-    _post("/v1/messages", messages.messages, MessagesRequest, "Answer a chat.", api="anthropic"),
+    _post(
+        "/v1/responses",
+        responses.responses,
+        ResponseRequest,
+        "Answer a chat, or continue an earlier one.",
+        reply="response_reply",
+    ),
+    _post(
+        "/v1/messages",
+        messages.messages,
+        MessagesRequest,
+        "Answer a chat.",
+        api="anthropic",
+        reply="message_reply",
+    ),
     _post(
         "/v1/messages/count_tokens",
         messages.count_tokens,
         CountRequest,
         "Count the tokens of a chat.",
         api="anthropic",
+        reply="count_reply",
     ),
-    _get("/v1/models", models.list_models, "List the models."),
-    _get("/v1/models/{model}", models.show_model, "Show a model."),
-    _post("/tokenize", tokens.tokenize, tokens.TokenizeRequest, "Return the tokens of a text or of a chat."),
-    _post("/detokenize", tokens.detokenize, tokens.DetokenizeRequest, "Return the text of tokens."),
-    _get("/health", status.health, "Say that the server is running.", is_public=True),
-    _get("/ready", status.ready, "Say whether the server can answer.", is_public=True),
-    _get("/openapi.json", _openapi, "Describe the routes for programs.", is_public=True),
-    _get("/docs", _docs, "Describe the routes for people.", is_public=True),
-    _get("/metrics", status.metrics, "Show the metrics in Prometheus' text format."),
+    _get("/v1/models", models.list_models, "List the models.", reply="models_reply"),
+    _get("/v1/models/{model}", models.show_model, "Show a model.", reply="model_reply"),
+    _post(
+        "/tokenize",
+        tokens.tokenize,
+        tokens.TokenizeRequest,
+        "Return the tokens of a text or of a chat.",
+        reply="tokenize_reply",
+    ),
+    _post(
+        "/detokenize",
+        tokens.detokenize,
+        tokens.DetokenizeRequest,
+        "Return the text of tokens.",
+        reply="detokenize_reply",
+    ),
+    _get("/health", status.health, "Say that the server is running.", is_public=True, reply="status_reply"),
+    _get("/ready", status.ready, "Say whether the server can answer.", is_public=True, reply="status_reply"),
+    _get("/openapi.json", _openapi, "Describe the routes for programs.", is_public=True, reply="any_reply"),
+    _get("/docs", _docs, "Describe the routes for people.", is_public=True, media_type="text/html"),
+    _get(
+        "/metrics",
+        status.metrics,
+        "Show the metrics in Prometheus' text format.",
+        media_type="text/plain",
+    ),
 )
 
 # The page is no part of the API.

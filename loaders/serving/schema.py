@@ -3,9 +3,9 @@
 import json
 import re
 from math import isfinite
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError
 
 from .errors import ApiError, invalid
 
@@ -23,6 +23,17 @@ class _FailFast(FailFast):
 
 # A list that is refused at its first wrong item. Without it, a body can cause millions of errors.
 Items = Annotated[list[_Item], _FailFast()]
+
+
+def _refuse_number(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"expected a boolean, found {value}")
+    return value
+
+
+# Literals of Python also accept 0 and 1.
+Off = Annotated[Literal[False], BeforeValidator(_refuse_number)]
+On = Annotated[Literal[True], BeforeValidator(_refuse_number)]
 
 
 class Schema(BaseModel):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, JsonValue
 
 from ..artifact.errors import PrecastError
 from .answers import Services
@@ -17,9 +17,16 @@ from .schema import Items, Schema, parse
 if TYPE_CHECKING:
     from ..generation.model import Model
 
+_ONE_INPUT: list[JsonValue] = [
+    {"required": [name], "properties": {name: {"type": kind}}}
+    for name, kind in (("prompt", "string"), ("messages", "array"))
+]
+
 
 class TokenizeRequest(Schema):
     """A request of ``/tokenize``: a text, or a chat."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": _ONE_INPUT})
 
     model: str
     prompt: str | None = None

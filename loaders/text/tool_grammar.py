@@ -20,6 +20,8 @@ REQUIRED = "required"
 _MOST_CALLS = 16
 # The separators that templates write. If the grammar allowed any whitespace, a model might repeat it without end.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# The keys of a schema that says nothing about properties that it does not list.
+_LISTING = {"$defs", "$schema", "definitions", "description", "properties", "required", "title", "type"}
 
 
 class ToolGrammar(NamedTuple):
@@ -75,7 +77,15 @@ def tool_grammar(
 
 
 def _arguments(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "object", **schema, "x-guidance": _LAYOUT}
+    """Return the schema for a call's arguments: a schema that only lists properties allows no others.
+
+    A small model would otherwise invent further arguments without end.
+    """
+    names = schema.get("properties")
+    is_list = isinstance(names, Mapping) and schema.keys() <= _LISTING
+    is_closed = is_list and set(schema.get("required") or ()) <= set(names or ())
+    closing = {"additionalProperties": False} if is_closed else {}
+    return {"type": "object", **schema, **closing, "x-guidance": _LAYOUT}
 
 
 def _calls(family: str, marks: Mapping[str, str], is_named: bool) -> str:

@@ -1,5 +1,6 @@
 """``/v1/messages`` and ``/v1/messages/count_tokens``."""
 
+import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...artifact.errors import PrecastError
 from ...text.answer_parser import ContentDelta, ReasoningDelta, ToolCallDelta
-from ..answers import Answers, Ask, Services, answering
+from ..answers import Answers, Ask, Services, answering, reasoning_tokens
 from ..errors import ApiError, anthropic_error
 from ..requests import EventReply, Reply, Request, event, json_reply
 from ..schema import parse
@@ -36,6 +37,8 @@ async def messages(services: Services, request: Request, body: bytes) -> Reply |
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
+            "stop_details": None,
+            "container": None,
         }
         if given.stream:
             return EventReply(events=_events(answers, head, ask), closing=stack.pop_all())
@@ -44,8 +47,9 @@ async def messages(services: Services, request: Request, body: bytes) -> Reply |
             if delta is not None:
                 _extend(content, delta)
         done = answers.streams[0].completion
-        return json_reply(
-            {**head, "content": content, **_stop(done, answers.model, ask), "usage": _usage(done)}
+        # In a thread, because reasoning is tokenised.
+        return await asyncio.to_thread(
+            lambda: json_reply({**head, "content": content, **_ended(done, answers.model, ask)})
         )
 
 
@@ -88,11 +92,17 @@ def _thinking(text: str) -> dict[str, Any]:
 
 
 def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
+    return {"type": "text", "text": text, "citations": None}
 
 
 def _tool_use(call: "ToolCall", arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
+    return {
+        "type": "tool_use",
+        "id": call.id,
+        "name": call.name,
+        "input": arguments,
+        "caller": {"type": "direct"},
+    }
 
 
 def _stop(done: "Completion", model: "Model", ask: Ask) -> dict[str, Any]:
@@ -111,13 +121,24 @@ def _stop(done: "Completion", model: "Model", ask: Ask) -> dict[str, Any]:
     return {"stop_reason": "stop_sequence", "stop_sequence": min(ends)[2] if ends else None}
 
 
-def _usage(done: "Completion") -> dict[str, Any]:
+def _ended(done: "Completion", model: "Model", ask: Ask) -> dict[str, Any]:
+    """Return the parts of a message that the end of its answer decides."""
+    rest = {"stop_details": None, "container": None, "usage": _usage(done, model)}
+    return _stop(done, model, ask) | rest
+
+
+def _usage(done: "Completion", model: "Model") -> dict[str, Any]:
     cached = done.timing.cached_tokens
     return {
         "input_tokens": len(done.prompt_token_ids) - cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
+        "cache_creation": None,
         "output_tokens": len(done.token_ids),
+        "output_tokens_details": {"thinking_tokens": reasoning_tokens(done, model)},
+        "server_tool_use": None,
+        "service_tier": "standard",
+        "inference_geo": None,
     }
 
 
@@ -129,7 +150,9 @@ async def _events(answers: Answers, head: Mapping[str, Any], ask: Ask) -> AsyncI
     (stream,) = answers.streams
     blocks = _Blocks()
     try:
-        yield _named({"type": "message_start", "message": {**head, "usage": _usage(stream.completion)}})
+        yield _named(
+            {"type": "message_start", "message": {**head, "usage": _usage(stream.completion, answers.model)}}
+        )
         async for _, delta in answers.deltas():
             if delta is not None:
                 for each in blocks.take(delta):
@@ -137,8 +160,9 @@ async def _events(answers: Answers, head: Mapping[str, Any], ask: Ask) -> AsyncI
         for each in blocks.close():
             yield _named(each)
         done = stream.completion
-        ended = {"type": "message_delta", "delta": _stop(done, answers.model, ask), "usage": _usage(done)}
-        yield _named(ended)
+        ended = _ended(done, answers.model, ask)
+        usage = ended.pop("usage")
+        yield _named({"type": "message_delta", "delta": ended, "usage": usage})
         yield _named({"type": "message_stop"})
     except ApiError as error:
         yield _named(anthropic_error(error))

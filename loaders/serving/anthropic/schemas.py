@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..openai.schemas import MOST_STOPS
-from ..schema import Items, Schema
+from ..schema import Items, Off, Schema
 
 
 class CacheControl(Schema):
@@ -86,7 +86,7 @@ class ToolChoice(Schema):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: Literal[False] | None = None
+    disable_parallel_tool_use: Off | None = None
 
 
 class ThinkingConfig(Schema):

@@ -58,7 +58,7 @@ def _head(kind: str, model: "Model", ask: Ask) -> dict[str, Any]:
 
 
 def _choice(index: int, completion: "Completion", model: "Model", ask: Ask) -> dict[str, Any]:
-    message = completion.message() | {"refusal": None}
+    message = completion.message() | {"refusal": None, "annotations": []}
     if completion.tool_calls and not completion.text:
         message["content"] = None
     found = {"index": index, "message": message, "finish_reason": completion.finish_reason}

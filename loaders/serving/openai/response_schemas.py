@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ..schema import Items, Schema
+from ..schema import Items, Off, On, Schema
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -31,7 +31,7 @@ class MessageItem(Schema):
     content: str | Items[Part]
     id: str | None = None
     status: Status | None = None
-    phase: None = None
+    phase: Literal["commentary", "final_answer"] | None = None
 
 
 class CallItem(Schema):
@@ -120,7 +120,7 @@ class TextConfig(Schema):
 class ResponseStreamOptions(Schema):
     """Options of a streamed answer."""
 
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class ResponseRequest(Schema):
@@ -139,9 +139,9 @@ class ResponseRequest(Schema):
     text: TextConfig | None = None
     tools: Items[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    parallel_tool_calls: On | None = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
+    background: Off | None = None
     include: Items[Any] | None = Field(None, max_length=0)
     reasoning: None = None
     # parameters without an effect on the answer

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from ...text.answer_parser import ContentDelta, ToolCallDelta
-from ..answers import Answers, Services, answering
+from ..answers import Answers, Ask, Services, answering, reasoning_tokens
 from ..errors import ApiError
 from ..requests import EventReply, Reply, Request, event, json_reply
 from ..schema import parse
@@ -17,6 +17,7 @@ from .response_schemas import ResponseRequest
 from .response_translate import new_messages, response_ask
 
 if TYPE_CHECKING:
+    from ...generation.model import Model
     from ...generation.stream import Completion
     from ...text.answer_parser import Delta
 
@@ -34,6 +35,7 @@ async def responses(services: Services, request: Request, body: bytes) -> Reply 
 
     async with AsyncExitStack() as stack:
         answers = await stack.enter_async_context(answering(services, request, ask))
+        head |= _sampling(answers.model, ask)
         if given.stream:
 
             async def events() -> AsyncIterator[bytes]:
@@ -56,7 +58,6 @@ async def responses(services: Services, request: Request, body: bytes) -> Reply 
 
 def _head(given: ResponseRequest) -> dict[str, Any]:
     """Return the response before its answer begins: it repeats the request's parameters."""
-    form = given.text.format if given.text else None
     shown = given.model_dump(by_alias=True)
     return {
         "id": f"resp_{secrets.token_hex(12)}",
@@ -69,31 +70,46 @@ def _head(given: ResponseRequest) -> dict[str, Any]:
         "incomplete_details": None,
         "instructions": given.instructions,
         "max_output_tokens": given.max_output_tokens,
+        "max_tool_calls": None,
         "metadata": given.metadata or {},
         "model": given.model,
         "output": [],
         "parallel_tool_calls": True,
         "previous_response_id": given.previous_response_id,
+        "prompt_cache_key": given.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": given.safety_identifier,
         "service_tier": "default",
         "store": given.store is not False,
-        "temperature": given.temperature,
-        "text": {"format": {"type": "text"} if form is None else shown["text"]["format"]},
+        "text": {"format": _format(given)},
         "tool_choice": shown["tool_choice"] or "auto",
         "tools": shown["tools"] or [],
-        "top_p": given.top_p,
+        "top_logprobs": 0,
         "truncation": "disabled",
         "usage": None,
         "user": given.user,
     }
 
 
+def _format(given: ResponseRequest) -> dict[str, Any]:
+    """Return the form of the answer."""
+    form = given.text.format if given.text else None
+    if form is None or form.type != "json_schema":
+        return {"type": "text" if form is None else form.type}
+    return form.model_dump(by_alias=True) | {"strict": form.strict is not False}
+
+
+def _sampling(model: "Model", ask: Ask) -> dict[str, Any]:
+    """Return the sampling parameters of the answer: those of the request, and the model's defaults for the others."""
+    defaults = model.default_sampling()
+    names = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+    return {name: ask.fields.get(name, getattr(defaults, name)) for name in names}
+
+
 def _ended(done: "Completion", items: Sequence[Mapping[str, Any]], answers: Answers) -> dict[str, Any]:
     """Return the parts of a response that its answer decides."""
     is_cut = done.finish_reason == "length"
     cached, prompt, tokens = done.timing.cached_tokens, len(done.prompt_token_ids), len(done.token_ids)
-    encode = answers.model.tokenizer.encode
-    reasoning = len(encode(done.reasoning, add_special_tokens=False)) if done.reasoning else 0
     return {
         "status": "incomplete" if is_cut else "completed",
         "completed_at": None if is_cut else int(time.time()),
@@ -103,7 +119,7 @@ def _ended(done: "Completion", items: Sequence[Mapping[str, Any]], answers: Answ
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": cached},
             "output_tokens": tokens,
-            "output_tokens_details": {"reasoning_tokens": min(reasoning, tokens)},
+            "output_tokens_details": {"reasoning_tokens": reasoning_tokens(done, answers.model)},
             "total_tokens": prompt + tokens,
         },
     }

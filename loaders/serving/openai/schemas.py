@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..schema import Items, Schema
+from ..schema import Items, Off, On, Schema
 
 # Maximum number of stop strings. The time for a piece of text grows with their number.
 MOST_STOPS = 16
@@ -25,7 +25,7 @@ class StreamOptions(Schema):
     """Options of a streamed answer."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class Sampling(Schema):
@@ -59,7 +59,7 @@ class Sampling(Schema):
     # parameters without an effect on the answer
     user: str | None = None
     metadata: Mapping[str, str] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -158,7 +158,7 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolName | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    parallel_tool_calls: On | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     modalities: Items[Literal["text"]] | None = None

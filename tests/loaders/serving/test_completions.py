@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+
+from precast.loaders.audit.evaluate import ArtifactScorer
 
 PROMPT = "The capital of France is"
 
@@ -52,6 +55,22 @@ def test_echo_with_logprobs_scores_a_text(openai, most) -> None:
     assert found.tokens[place] == " Paris"
     assert found.token_logprobs[place] == max(found.top_logprobs[place].values())
     assert len(found.tokens) == 6 + most
+
+
+def test_scores_of_answers_are_exact(tiny_server, tiny_model) -> None:
+    """The sums of lm-eval's requests are those of an engine that decodes token by token."""
+    encode, scorer = tiny_model.tokenizer.encode, ArtifactScorer(model=tiny_model)
+    start = len(encode("the quick brown fox"))
+    texts = [encode(f"the quick brown fox{rest}") for rest in (" jumps", " sleeps over", " the cat", "")]
+    body = {"model": "tiny", "prompt": texts, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    reply = tiny_server.request("/v1/completions", body | {"seed": 1234})[2]
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    for choice, ids in zip(reply["choices"], texts, strict=True):
+        rows = [row.astype(np.float64) for row in scorer.logits(ids, start - 1)]
+        expected = [
+            row[token] - np.logaddexp.reduce(row) for row, token in zip(rows, ids[start:], strict=True)
+        ]
+        assert choice["logprobs"]["token_logprobs"][start:-1] == pytest.approx(expected, abs=1e-5)
 
 
 def test_echo_in_a_stream(openai) -> None:
