@@ -51,7 +51,7 @@ def make_app(services: Services, log: Log) -> Any:
         app = CORSMiddleware(
             app,
             allow_origins=origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("DELETE", "GET", "POST"),
             allow_headers=("*",),
             expose_headers=("x-request-id", "retry-after"),
         )

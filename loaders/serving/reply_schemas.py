@@ -244,6 +244,7 @@ REPLIES: Mapping[str, Fields] = {
     "chat_reply": _CHAT,
     "completion_reply": _COMPLETION,
     "response_reply": _RESPONSE,
+    "deletion_reply": _object(id=_TEXT, object={"const": "response"}, deleted={"const": True}),
     "message_reply": _MESSAGE,
     "count_reply": _object(input_tokens=_COUNT),
     "model_reply": _MODEL,

@@ -82,6 +82,19 @@ ROUTES = (
         "Answer a chat, or continue an earlier one.",
         reply="response_reply",
     ),
+    _get(
+        "/v1/responses/{response_id}",
+        responses.show_response,
+        "Show an earlier response.",
+        reply="response_reply",
+    ),
+    ApiRoute(
+        method="DELETE",
+        path="/v1/responses/{response_id}",
+        handler=responses.delete_response,
+        summary="Forget an earlier response.",
+        reply="deletion_reply",
+    ),
     _post(
         "/v1/messages",
         messages.messages,

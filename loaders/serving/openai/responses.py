@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...text.answer_parser import ContentDelta, ToolCallDelta
 from ..answers import Answers, Ask, Services, answering, reasoning_tokens
 from ..errors import ApiError
-from ..requests import EventReply, Reply, Request, event, json_reply
+from ..requests import EventReply, Reply, Request, event, json_bytes, json_reply
 from ..schema import parse
 from .response_schemas import ResponseRequest
 from .response_translate import new_messages, response_ask
@@ -29,9 +29,10 @@ async def responses(services: Services, request: Request, body: bytes) -> Reply 
     before = [] if previous is None else services.responses.messages(previous)
     ask, head = await services.prepare(request, lambda: (response_ask(given, before), _head(given)))
 
-    def keep(done: "Completion") -> None:
+    def keep(done: "Completion", shown: bytes) -> None:
         if given.store is not False:
-            services.responses.add(head["id"], [*before, *new_messages(given.input), done.message()])
+            messages = [*before, *new_messages(given.input), done.message()]
+            services.responses.add(head["id"], messages, shown)
 
     async with AsyncExitStack() as stack:
         answers = await stack.enter_async_context(answering(services, request, ask))
@@ -42,7 +43,7 @@ async def responses(services: Services, request: Request, body: bytes) -> Reply 
                 async for each in _events(answers, head):
                     yield event(each, each["type"])
                     if each["type"] in ("response.completed", "response.incomplete"):
-                        keep(answers.streams[0].completion)
+                        keep(answers.streams[0].completion, json_bytes(each["response"]))
 
             return EventReply(events=events(), closing=stack.pop_all())
         items = _Items()
@@ -51,9 +52,22 @@ async def responses(services: Services, request: Request, body: bytes) -> Reply 
                 deque(items.take(delta), maxlen=0)
         done = answers.streams[0].completion
         deque(items.close(done), maxlen=0)
-        keep(done)
         # In a thread, because the reply repeats the request's tools, and reasoning is tokenised.
-        return await asyncio.to_thread(lambda: json_reply(head | _ended(done, items.items, answers)))
+        reply = await asyncio.to_thread(lambda: json_reply(head | _ended(done, items.items, answers)))
+        keep(done, reply.body)
+        return reply
+
+
+async def show_response(services: Services, request: Request, body: bytes) -> Reply:
+    """Show an earlier response."""
+    return Reply(body=services.responses.body(request.path_params["response_id"]))
+
+
+async def delete_response(services: Services, request: Request, body: bytes) -> Reply:
+    """Forget an earlier response."""
+    identifier = request.path_params["response_id"]
+    services.responses.remove(identifier)
+    return json_reply({"id": identifier, "object": "response", "deleted": True})
 
 
 def _head(given: ResponseRequest) -> dict[str, Any]:

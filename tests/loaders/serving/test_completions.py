@@ -61,7 +61,7 @@ def test_scores_of_answers_are_exact(tiny_server, tiny_model) -> None:
     """The sums of lm-eval's requests are those of an engine that decodes token by token."""
     encode, scorer = tiny_model.tokenizer.encode, ArtifactScorer(model=tiny_model)
     start = len(encode("the quick brown fox"))
-    texts = [encode(f"the quick brown fox{rest}") for rest in (" jumps", " sleeps over", " the cat", "")]
+    texts = [encode(f"the quick brown fox{rest}") for rest in (" jumps", " sleeps over", " the cat", " a")]
     body = {"model": "tiny", "prompt": texts, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
     reply = tiny_server.request("/v1/completions", body | {"seed": 1234})[2]
     assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]

@@ -87,6 +87,23 @@ def test_a_conversation_is_continued(openai) -> None:
     )
 
 
+def test_a_response_is_shown_and_deleted(openai) -> None:
+    from openai import NotFoundError
+
+    answer = ask(openai)
+    streamed = list(ask(openai, stream=True))[-1].response
+    for response in (answer, streamed):
+        assert openai.responses.retrieve(response.id) == response
+        openai.responses.delete(response.id)
+        for call in (openai.responses.retrieve, openai.responses.delete):
+            with pytest.raises(
+                NotFoundError, match="not found; it was not stored, or was deleted or forgotten"
+            ):
+                call(response.id)
+        with pytest.raises(NotFoundError, match="not found; send the whole conversation"):
+            ask(openai, previous_response_id=response.id)
+
+
 def test_a_response_that_is_not_stored(openai) -> None:
     from openai import NotFoundError
 
@@ -163,14 +180,14 @@ def test_items_of_an_answer_become_one_message() -> None:
 def test_the_store_is_bounded() -> None:
     store = ResponseStore(most_responses=2, most_characters=100)
     for name in "abc":
-        store.add(name, [{"role": "user", "content": name}])
+        store.add(name, [{"role": "user", "content": name}], b"")
     with pytest.raises(ApiError):
         store.messages("a")
     assert store.messages("b")[0]["content"] == "b"
-    store.add("d", [{"role": "user", "content": "x" * 60}])
+    store.add("d", [{"role": "user", "content": "x" * 20}], b"x" * 40)
     with pytest.raises(ApiError):
         store.messages("c")
-    store.add("e", [{"role": "user", "content": "x" * 200}])
+    store.add("e", [{"role": "user", "content": "x"}], b"x" * 200)
     for name in "bde":
         with pytest.raises(ApiError):
             store.messages(name)
