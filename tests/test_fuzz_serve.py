@@ -7,6 +7,7 @@ from typing import Any
 FUZZ = Path(__file__).resolve().parent / "fuzz"
 # Replaces a schema in the description by one that no reply fits.
 _WRONG = """
+import sys
 sys.path.insert(0, sys.argv.pop(1))
 import serve
 
