@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..artifact.errors import PrecastError, PromptTooLongError
 from ..artifact.frozen import Frozen
 from ..generation.sampling_params import SamplingParams
+from ..text.answer_parser import ToolCallDelta
 from .errors import ApiError
 from .metrics import Metrics
 from .openai.response_store import ResponseStore
@@ -41,6 +42,7 @@ class Ask(Frozen):
         messages: the messages of the chat.
         tools: the tools that the model may call.
         tool_choice: as for `Model.chat`.
+        is_single_call: True if an answer ends after its first tool call.
         template_variables: further variables of the chat template.
     """
 
@@ -51,6 +53,7 @@ class Ask(Frozen):
     messages: "Sequence[Message]" = ()
     tools: Sequence[Mapping[str, Any]] | None = None
     tool_choice: str = "auto"
+    is_single_call: bool = False
     template_variables: Mapping[str, Any] | None = None
 
     @property
@@ -105,14 +108,19 @@ class Services(Frozen):
 class Answers:
     """The answers to one request while they are generated.
 
+    Args:
+        model: the model.
+        streams: the answers.
+        is_single_call: True if an answer ends after its first tool call.
+
     Attributes:
         model: the model.
         streams: the answers; all answers to the first prompt come first.
         failure: the error that ended an answer; None without one.
     """
 
-    def __init__(self, model: "Model", streams: "Sequence[Stream]") -> None:
-        self.model, self.streams = model, streams
+    def __init__(self, model: "Model", streams: "Sequence[Stream]", *, is_single_call: bool) -> None:
+        self.model, self.streams, self._is_single_call = model, streams, is_single_call
         self.failure: Exception | None = None
         self._running = set(range(len(streams)))
 
@@ -122,12 +130,13 @@ class Answers:
         Raises:
             ApiError: an answer failed, or took too long.
         """
-        source = _one(self.streams[0]) if len(self.streams) == 1 else _merged(self.streams)
+        pieces = [_pieces(stream, is_single_call=self._is_single_call) for stream in self.streams]
+        source = _one(pieces[0]) if len(pieces) == 1 else _merged(pieces)
         try:
             async for index, delta in source:
                 if delta is None:
                     self._running.discard(index)
-                    if self.streams[index].completion.finish_reason == "timeout":
+                    if self.completion(index).finish_reason == "timeout":
                         raise timed_out()
                 yield index, delta
         except ApiError:
@@ -143,7 +152,17 @@ class Answers:
         """Wait until all answers are complete, and return them; errors as for `deltas`."""
         async for _ in self.deltas():
             pass
-        return [stream.completion for stream in self.streams]
+        return self.so_far()
+
+    def completion(self, index: int = 0) -> "Completion":
+        """Return the result so far of an answer."""
+        found = self.streams[index].completion
+        is_cut = self._is_single_call and found.tool_calls and found.finish_reason == "unfinished"
+        return replace(found, finish_reason="tool_calls") if is_cut else found
+
+    def so_far(self) -> "list[Completion]":
+        """Return the results so far of all answers."""
+        return [self.completion(index) for index in range(len(self.streams))]
 
     async def close(self) -> None:
         """End the answers that are still being generated, and free their slots."""
@@ -160,12 +179,13 @@ async def answering(services: Services, request: Request, ask: Ask) -> AsyncIter
     request.facts["model"] = ask.model[:_SHOWN]
     async with services.lease(request, ask.model, ask.answers) as model:
         work = partial(_streams, model, ask, services.settings, request)
-        answers = Answers(model, await _checked(services.prepare(request, work), ask))
+        streams = await _checked(services.prepare(request, work), ask)
+        answers = Answers(model, streams, is_single_call=ask.is_single_call)
         try:
             yield answers
         finally:
             await asyncio.shield(answers.close())
-            done = [stream.completion for stream in answers.streams]
+            done = answers.so_far()
             request.facts.update(_facts(done))
             if answers.failure is not None:
                 request.facts["error"] = repr(answers.failure)
@@ -245,25 +265,33 @@ def sampling_of(
     return params if params.max_tokens is not None else replace(params, max_tokens=most)
 
 
-async def _one(stream: "Stream") -> "AsyncIterator[tuple[int, Delta | None]]":
+async def _pieces(stream: "Stream", *, is_single_call: bool) -> "AsyncIterator[Delta]":
+    """Yield the pieces of an answer; with `is_single_call`, end the answer after its first tool call."""
     async for delta in stream.aevents():
+        yield delta
+        if is_single_call and isinstance(delta, ToolCallDelta):
+            await stream.aclose()
+
+
+async def _one(pieces: "AsyncIterator[Delta]") -> "AsyncIterator[tuple[int, Delta | None]]":
+    async for delta in pieces:
         yield 0, delta
     yield 0, None
 
 
-async def _merged(streams: "Sequence[Stream]") -> "AsyncIterator[tuple[int, Delta | None]]":
+async def _merged(answers: "Sequence[AsyncIterator[Delta]]") -> "AsyncIterator[tuple[int, Delta | None]]":
     """Yield the pieces of several answers in the order of their arrival."""
     queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(_UNREAD)
 
-    async def read(index: int, stream: "Stream") -> None:
+    async def read(index: int, pieces: "AsyncIterator[Delta]") -> None:
         try:
-            async for delta in stream.aevents():
+            async for delta in pieces:
                 await queue.put((index, delta))
             await queue.put((index, None))
         except Exception as error:
             await queue.put((index, error))
 
-    readers = [asyncio.create_task(read(*pair)) for pair in enumerate(streams)]
+    readers = [asyncio.create_task(read(*pair)) for pair in enumerate(answers)]
     try:
         left = len(readers)
         while left:

@@ -33,7 +33,6 @@ def _refuse_number(value: object) -> object:
 
 # Literals of Python also accept 0 and 1.
 Off = Annotated[Literal[False], BeforeValidator(_refuse_number)]
-On = Annotated[Literal[True], BeforeValidator(_refuse_number)]
 
 
 class Schema(BaseModel):

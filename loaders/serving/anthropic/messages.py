@@ -46,7 +46,7 @@ async def messages(services: Services, request: Request, body: bytes) -> Reply |
         async for _, delta in answers.deltas():
             if delta is not None:
                 _extend(content, delta)
-        done = answers.streams[0].completion
+        done = answers.completion()
         # In a thread, because reasoning is tokenised.
         return await asyncio.to_thread(
             lambda: json_reply({**head, "content": content, **_ended(done, answers.model, ask)})
@@ -147,11 +147,10 @@ def _usage(done: "Completion", model: "Model") -> dict[str, Any]:
 
 async def _events(answers: Answers, head: Mapping[str, Any], ask: Ask) -> AsyncIterator[bytes]:
     """Yield the events of a streamed answer."""
-    (stream,) = answers.streams
     blocks = _Blocks()
     try:
         yield _named(
-            {"type": "message_start", "message": {**head, "usage": _usage(stream.completion, answers.model)}}
+            {"type": "message_start", "message": {**head, "usage": _usage(answers.completion(), answers.model)}}
         )
         async for _, delta in answers.deltas():
             if delta is not None:
@@ -159,7 +158,7 @@ async def _events(answers: Answers, head: Mapping[str, Any], ask: Ask) -> AsyncI
                     yield _named(each)
         for each in blocks.close():
             yield _named(each)
-        done = stream.completion
+        done = answers.completion()
         ended = _ended(done, answers.model, ask)
         usage = ended.pop("usage")
         yield _named({"type": "message_delta", "delta": ended, "usage": usage})

@@ -86,7 +86,7 @@ class ToolChoice(Schema):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: Off | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class ThinkingConfig(Schema):

@@ -35,6 +35,7 @@ def messages_ask(request: CountRequest) -> Ask:
         messages=[*_system(request), *(m for each in request.messages for m in _messages(each))],
         tools=tools,
         tool_choice=_choice(request.tool_choice, has_tools=bool(request.tools)),
+        is_single_call=bool(request.tool_choice and request.tool_choice.disable_parallel_tool_use),
         template_variables={"enable_thinking": False} if thinking and thinking.type == "disabled" else None,
     )
 

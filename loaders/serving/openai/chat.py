@@ -102,7 +102,7 @@ async def _events(
     def chunk(index: int, delta: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
         logprobs = None
         if "logprobs" in ask.fields:
-            known = _shown(answers.streams[index].completion, answers.model)
+            known = _shown(answers.completion(index), answers.model)
             logprobs, sent[index] = _logprobs(known[sent[index] :]), len(known)
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**head, "choices": [choice], **spare}
@@ -122,10 +122,10 @@ async def _events(
             if delta is not None:
                 yield event(chunk(index, _delta(delta)))
                 continue
-            completion = answers.streams[index].completion
+            completion = answers.completion(index)
             yield event(chunk(index, {}, completion.finish_reason) | {"timings": timings([completion])})
         if has_usage:
-            done = [stream.completion for stream in answers.streams]
+            done = answers.so_far()
             yield event(with_usage(head, [], done, ask.count))
         yield DONE
     except ApiError as error:

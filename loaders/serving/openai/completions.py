@@ -131,7 +131,7 @@ async def _events(
     known = [_Logprobs(answers.model.tokenizer.token_text) for _ in answers.streams]
 
     def chunk(index: int, text: str, reason: str | None) -> dict[str, Any]:
-        found = None if given.logprobs is None else known[index].further(answers.streams[index].completion)
+        found = None if given.logprobs is None else known[index].further(answers.completion(index))
         choice = {"index": index, "text": text, "logprobs": found, "finish_reason": reason}
         return {**head, "choices": [choice], **spare}
 
@@ -145,12 +145,12 @@ async def _events(
             if is_plain and isinstance(delta, ContentDelta):
                 yield text_events[index](delta.text)
             elif delta is None:
-                completion = answers.streams[index].completion
+                completion = answers.completion(index)
                 yield event(chunk(index, "", completion.finish_reason) | {"timings": timings([completion])})
             elif isinstance(delta, ContentDelta):
                 yield event(chunk(index, delta.text, None))
         if has_usage:
-            done = [stream.completion for stream in answers.streams]
+            done = answers.so_far()
             yield event(with_usage(head, [], done, ask.count))
         yield DONE
     except ApiError as error:

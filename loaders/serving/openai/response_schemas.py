@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ..schema import Items, Off, On, Schema
+from ..schema import Items, Off, Schema
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -139,7 +139,7 @@ class ResponseRequest(Schema):
     text: TextConfig | None = None
     tools: Items[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
-    parallel_tool_calls: On | None = None
+    parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
     background: Off | None = None
     include: Items[Any] | None = Field(None, max_length=0)

@@ -51,6 +51,8 @@ def response_ask(request: ResponseRequest, before: Sequence[Mapping[str, Any]]) 
         messages=[*opening, *before, *new_messages(request.input)],
         tools=[_tool(tool) for tool in tools] if tools else None,
         tool_choice=_choice(request.tool_choice),
+        is_single_call=request.parallel_tool_calls is False
+        or isinstance(request.tool_choice, ChosenFunction),
     )
 
 

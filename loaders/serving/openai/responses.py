@@ -43,14 +43,14 @@ async def responses(services: Services, request: Request, body: bytes) -> Reply 
                 async for each in _events(answers, head):
                     yield event(each, each["type"])
                     if each["type"] in ("response.completed", "response.incomplete"):
-                        keep(answers.streams[0].completion, json_bytes(each["response"]))
+                        keep(answers.completion(), json_bytes(each["response"]))
 
             return EventReply(events=events(), closing=stack.pop_all())
         items = _Items()
         async for _, delta in answers.deltas():
             if delta is not None:
                 deque(items.take(delta), maxlen=0)
-        done = answers.streams[0].completion
+        done = answers.completion()
         deque(items.close(done), maxlen=0)
         # In a thread, because the reply repeats the request's tools, and reasoning is tokenised.
         reply = await asyncio.to_thread(lambda: json_reply(head | _ended(done, items.items, answers)))
@@ -88,7 +88,7 @@ def _head(given: ResponseRequest) -> dict[str, Any]:
         "metadata": given.metadata or {},
         "model": given.model,
         "output": [],
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": given.parallel_tool_calls is not False,
         "previous_response_id": given.previous_response_id,
         "prompt_cache_key": given.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None},
@@ -156,7 +156,7 @@ async def _events(answers: Answers, head: Mapping[str, Any]) -> AsyncIterator[di
             if delta is not None:
                 for kind, fields in items.take(delta):
                     yield numbered(kind, **fields)
-        done = answers.streams[0].completion
+        done = answers.completion()
         for kind, fields in items.close(done):
             yield numbered(kind, **fields)
         ended = {**head, **_ended(done, items.items, answers)}

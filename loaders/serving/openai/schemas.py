@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..schema import Items, Off, On, Schema
+from ..schema import Items, Off, Schema
 
 # Maximum number of stop strings. The time for a piece of text grows with their number.
 MOST_STOPS = 16
@@ -158,7 +158,7 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolName | None = None
-    parallel_tool_calls: On | None = None
+    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     modalities: Items[Literal["text"]] | None = None

@@ -61,6 +61,8 @@ def chat_ask(request: ChatRequest) -> Ask:
         # Without tools, the template mentions none to the model, and the parser treats no text as a call.
         tools=[tool_of(tool) for tool in tools] if tools else None,
         tool_choice=_choice(request.tool_choice),
+        # OpenAI's API calls a tool that is named exactly once.
+        is_single_call=request.parallel_tool_calls is False or isinstance(request.tool_choice, ToolName),
         template_variables=request.chat_template_kwargs,
     )
 

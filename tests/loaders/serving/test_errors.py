@@ -78,7 +78,7 @@ def fault(server: Any, path: str, value: Any, **options: Any) -> tuple[int, dict
         ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format", None, None),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", None, None),
         ({"max_completion_tokens": 3}, "max_tokens", None, None),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls", "invalid_value", None),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "invalid_value", None),
         ({"reasoning_effort": "low"}, "reasoning_effort", "unknown_parameter", None),
         ({"messages": []}, None, None, "Chat: expected a list of at least one message, found an empty list."),
         ({"messages": [{"role": "user"}]}, "messages", None, None),
