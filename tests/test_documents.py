@@ -53,13 +53,13 @@ def test_every_folder_has_a_line(page: str, depth: int) -> None:
     folders = {
         p for top in ("exporter", "loaders") for p in (ROOT / top, *(ROOT / top).rglob("*")) if is_source(p)
     }
-    folders |= {ROOT / top for top in ("kernels", "artifacts", "benchmarks", "docs", "tests")}
+    folders |= {ROOT / top for top in ("kernels", "artifacts", "benchmarks", "deploy", "docs", "tests")}
     wanted = {name(p) for p in folders if len(p.relative_to(ROOT).parts) <= depth}
     assert len(wanted) > 10
     assert {folder for folder in wanted if f"| `{folder}/` |" not in text} == set()
 
 
-NAMED = re.compile(r"`((?:\.ci|artifacts|benchmarks|docs|exporter|kernels|loaders|tests)/[\w./-]*)`")
+NAMED = re.compile(r"`((?:\.ci|artifacts|benchmarks|deploy|docs|exporter|kernels|loaders|tests)/[\w./-]*)`")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name)
