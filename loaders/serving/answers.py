@@ -130,7 +130,7 @@ class Answers:
         Raises:
             ApiError: an answer failed, or took too long.
         """
-        pieces = [_pieces(stream, is_single_call=self._is_single_call) for stream in self.streams]
+        pieces = [_to_first_call(s) if self._is_single_call else s.aevents() for s in self.streams]
         source = _one(pieces[0]) if len(pieces) == 1 else _merged(pieces)
         try:
             async for index, delta in source:
@@ -265,11 +265,11 @@ def sampling_of(
     return params if params.max_tokens is not None else replace(params, max_tokens=most)
 
 
-async def _pieces(stream: "Stream", *, is_single_call: bool) -> "AsyncIterator[Delta]":
-    """Yield the pieces of an answer; with `is_single_call`, end the answer after its first tool call."""
+async def _to_first_call(stream: "Stream") -> "AsyncIterator[Delta]":
+    """Yield the pieces of an answer, and end the answer after its first tool call."""
     async for delta in stream.aevents():
         yield delta
-        if is_single_call and isinstance(delta, ToolCallDelta):
+        if isinstance(delta, ToolCallDelta):
             await stream.aclose()
 
 

@@ -10,15 +10,19 @@ RECORDED = json.loads((Path(__file__).parent / "clients.json").read_text())
 ENDS = {"/v1/chat/completions": "data: [DONE]\n\n", "/v1/messages": 'data: {"type":"message_stop"}\n\n'}
 
 
-def calls_of(text: Any) -> list[Any]:
+def events_of(answer: Any) -> list[Any]:
+    """Return a chat completion, or the events of one; a slow stream also contains comments."""
+    if isinstance(answer, dict):
+        return [answer]
+    data = [line.removeprefix("data: ") for line in answer.splitlines() if line.startswith("data: ")]
+    return [json.loads(each) for each in data if each != "[DONE]"]
+
+
+def calls_of(answer: Any) -> list[Any]:
     """Return the tool calls in a chat completion, or in the events of one."""
-    events = [text] if isinstance(text, dict) else map(json.loads, text.split("data: ")[1:-1])
-    choices = [choice for each in events for choice in each["choices"]]
-    return [
-        call
-        for choice in choices
-        for call in (choice.get("delta") or choice.get("message") or {}).get("tool_calls") or []
-    ]
+    choices = [choice for each in events_of(answer) for choice in each["choices"]]
+    parts = [choice.get("delta") or choice.get("message") or {} for choice in choices]
+    return [call for part in parts for call in part.get("tool_calls") or []]
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded["client"])
@@ -64,7 +68,7 @@ def test_parallel_calls_of_chat_completions(demo_server, is_parallel, most, is_s
     }
     status, _, answer = demo_server.request("/v1/chat/completions", body)
     assert status == 200
-    events = [answer] if not is_stream else [json.loads(each) for each in answer.split("data: ")[1:-1]]
+    events = events_of(answer)
     reasons = [c["finish_reason"] for e in events for c in e["choices"] if c["finish_reason"]]
     assert reasons == ["tool_calls", "tool_calls"]
     calls = calls_of(answer)
