@@ -150,7 +150,10 @@ async def _events(answers: Answers, head: Mapping[str, Any], ask: Ask) -> AsyncI
     blocks = _Blocks()
     try:
         yield _named(
-            {"type": "message_start", "message": {**head, "usage": _usage(answers.completion(), answers.model)}}
+            {
+                "type": "message_start",
+                "message": {**head, "usage": _usage(answers.completion(), answers.model)},
+            }
         )
         async for _, delta in answers.deltas():
             if delta is not None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..openai.schemas import MOST_STOPS
-from ..schema import Items, Off, Schema
+from ..schema import Items, Schema
 
 
 class CacheControl(Schema):
