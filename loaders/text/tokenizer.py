@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.errors import PrecastError
-from .tokenizer_library import decode, encode, translate_errors
+from .tokenizer_library import decode, encode_ids, translate_errors
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -156,7 +156,7 @@ class Tokenizer:
         Raises:
             PrecastError: the text contains a lone surrogate, which no tokenizer can encode.
         """
-        return list(encode(self._library, text, add_special_tokens=add_special_tokens).ids)
+        return encode_ids(self._library, text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`. An id without a token, as in a padded vocabulary, has no text.

@@ -10,6 +10,19 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from tokenizers import Tokenizer as LibraryTokenizer
 
+# Characters from which a text is long. The library holds Python's lock while it encodes a single text, 0.6 s for a
+# megabyte, but not while it encodes a batch. The first batch starts threads.
+_LONG = 10_000
+
+
+def encode_ids(library: "LibraryTokenizer", text: str, *, add_special_tokens: bool) -> list[int]:
+    """Return the ids of a text; errors as for `encode`."""
+    with _text_errors():
+        if len(text) < _LONG:
+            return list(library.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Without offsets, encoding takes half the time.
+        return list(library.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
 
 def encode(library: "LibraryTokenizer", text: str, *, add_special_tokens: bool) -> "Encoding":
     """Encode a text.
@@ -20,11 +33,19 @@ def encode(library: "LibraryTokenizer", text: str, *, add_special_tokens: bool) 
     Raises:
         PrecastError: the text contains a lone surrogate, which no tokenizer can encode, or the library fails.
     """
+    with _text_errors():
+        if len(text) < _LONG:
+            return library.encode(text, add_special_tokens=add_special_tokens)
+        return library.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
+@contextmanager
+def _text_errors() -> Iterator[None]:
     try:
         with translate_errors(
             "tokenizer.json: expected a tokenizer that encodes any text", UnicodeEncodeError, TypeError
         ):
-            return library.encode(text, add_special_tokens=add_special_tokens)
+            yield
     except (UnicodeEncodeError, TypeError) as error:
         raise PrecastError(
             "prompt: expected text in UTF-8, found other bytes; convert the text first."
