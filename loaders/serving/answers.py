@@ -16,7 +16,7 @@ from .metrics import Metrics
 from .openai.response_store import ResponseStore
 from .pool import Pool
 from .preparing import Preparing
-from .requests import Request, timed_out
+from .requests import Arriving, Request, timed_out
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Services(Frozen):
         preparing: the threads that check requests, render chat templates and tokenise.
         metrics: the metrics.
         responses: the responses that later ones may continue.
+        arriving: the memory of bodies that have not arrived completely.
         address: the address on which the server listens.
     """
 
@@ -79,6 +80,7 @@ class Services(Frozen):
     preparing: Preparing
     metrics: Metrics
     responses: ResponseStore
+    arriving: Arriving
     address: str
 
     async def prepare(self, request: Request, work: Callable[[], _Result]) -> _Result:

@@ -1,10 +1,12 @@
 """The ASGI application: request ids, access, errors, logs and traces around every route."""
 
+import asyncio
 import re
 import secrets
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -86,16 +88,20 @@ class Endpoint(Frozen):
         try:
             body = b""
             if route.schema is not None:
-                body = await read_body(request.headers, receive, self.services.settings.max_body)
+                most, arriving = self.services.settings.max_body, self.services.arriving
+                body = await read_body(request.headers, receive, most, arriving)
             request.path_params.update(scope["path_params"])
             await transport.until_disconnect(self._answer(route, request, body, transport))
         except ApiError as error:
             await _refuse(error, _api(route, request), send)
+        except asyncio.CancelledError:  # the time for draining is over
+            if transport.is_started:
+                await _abort(scope)
+            else:
+                await _refuse(_stopping(), _api(route, request), send)
         except Disconnected:
             request.facts["status"] = _CLOSED
-            # A plain close would wait until the client has read the rest.
-            if (abort := scope.get("state", {}).get(ABORT)) is not None:
-                abort()
+            await _abort(scope)
 
     async def _answer(self, route: ApiRoute, request: Request, body: bytes, transport: Transport) -> None:
         try:
@@ -113,6 +119,19 @@ class Endpoint(Frozen):
                 raise
             failure = ApiError(500, "The server failed; its log gives the reason.", code="internal_error")
             await _refuse(failure, _api(route, request), transport.send)
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "The server is stopping; try again later.", code="server_stopping", retry_after=1)
+
+
+async def _abort(scope: Scope) -> None:
+    """End the connection at once. A plain close would wait until the client has read the rest."""
+    if (abort := scope.get("state", {}).get(ABORT)) is not None:
+        abort()
+        # Until the protocol knows, or it would log an incomplete response. The end of the event loop may cancel this.
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
 
 
 def _api(route: ApiRoute, request: Request) -> str:

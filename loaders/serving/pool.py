@@ -30,6 +30,17 @@ _RETRY_S = 1
 _Log = Callable[[str], None]
 
 
+class Lease:
+    """The use of a model by one request.
+
+    Attributes:
+        model: the model; None while the request waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.model: Model | None = None
+
+
 class Entry:
     """A model that the server offers.
 
@@ -40,9 +51,11 @@ class Entry:
         model: the model while it is loaded.
         bytes: estimated memory of the loaded model.
         in_flight: number of answers that wait or run.
-        leases: number of requests that use the model.
+        leases: the requests that use the model, or wait for it.
         counts: number of requests among them that ask for no answer.
+        gives_way: True if new requests wait, because the model will be unloaded for another one.
         last_used: time of `time.monotonic` at which the last answer ended.
+        loaded_at: time of `time.monotonic` at which the model was loaded.
         problem: the reason why the last load failed; None if it has not failed.
     """
 
@@ -50,15 +63,23 @@ class Entry:
         self.name, self.source = name, source
         self.created = int(time.time() if isinstance(source, str) else source.stat().st_mtime)
         self.model: Model | None = None
-        self.loading: asyncio.Task[Model] | None = None
-        self.bytes = self.in_flight = self.leases = self.counts = 0
-        self.last_used = time.monotonic()
+        self.loading: asyncio.Task[None] | None = None
+        self.bytes = self.in_flight = self.counts = 0
+        self.leases: set[Lease] = set()
+        self.gives_way = False
+        self.last_used = self.loaded_at = time.monotonic()
         self.problem: str | None = None
 
     @property
     def is_idle(self) -> bool:
         """True if the model is loaded and no request uses it."""
-        return self.model is not None and self.leases == 0
+        return self.model is not None and all(lease.model is None for lease in self.leases)
+
+    def grant(self) -> None:
+        """Give the loaded model to all requests that wait for it."""
+        self.gives_way = False
+        for lease in self.leases:
+            lease.model = lease.model or self.model
 
 
 class Pool:
@@ -73,7 +94,8 @@ class Pool:
     def __init__(self, sources: Mapping[str, Path | str], settings: ServeSettings, log: _Log) -> None:
         self.entries = {name: Entry(name, source) for name, source in sources.items()}
         self._settings, self._log = settings, log
-        self._lock = asyncio.Lock()
+        self._lock = asyncio.Lock()  # for loads, which take turns
+        self._changed = asyncio.Event()  # set whenever a lease ends
         self._is_preloaded = False
 
     def entry(self, name: str) -> Entry:
@@ -115,14 +137,20 @@ class Pool:
             )
         entry.in_flight += answers
         entry.counts += not answers
-        entry.leases += 1
+        entry.leases.add(lease := Lease())
         try:
-            yield await self._loaded(entry)
+            if entry.model is None or entry.gives_way:
+                await self._loaded(entry)
+            else:
+                entry.grant()
+            assert lease.model is not None
+            yield lease.model
         finally:
             entry.in_flight -= answers
             entry.counts -= not answers
-            entry.leases -= 1
+            entry.leases.remove(lease)
             entry.last_used = time.monotonic()
+            self._changed.set()
 
     async def preload(self) -> None:
         """If the server offers only one model, load it now. Several models are loaded at their first requests."""
@@ -151,27 +179,27 @@ class Pool:
                 if entry.is_idle and time.monotonic() - entry.last_used >= limit:
                     self._unload(entry)
 
-    async def _loaded(self, entry: Entry) -> "Model":
-        if entry.model is not None:
-            return entry.model
+    async def _loaded(self, entry: Entry) -> None:
         if entry.loading is None:
             entry.loading = asyncio.create_task(self._load(entry))
             # All requests that wait may be cancelled; the error is then in the log.
             entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return await asyncio.shield(entry.loading)
+        await asyncio.shield(entry.loading)
 
-    async def _load(self, entry: Entry) -> "Model":
+    async def _load(self, entry: Entry) -> None:
         try:
             # Outside the lock, because a store that hangs must not block the other models.
             root, size = await asyncio.to_thread(_measure, entry.source, self._settings, self._log)
             async with self._lock:
-                self._make_room(entry, size)
-                began = time.monotonic()
-                work = partial(load_verified, root, self._settings, self._log)
-                entry.model = await asyncio.to_thread(work)
-                entry.problem, entry.last_used = None, time.monotonic()
-                self._log(f"{entry.name}: loaded and verified in {entry.last_used - began:.1f} s")
-                return entry.model
+                if entry.model is None:
+                    await self._make_room(entry, size)
+                    began = time.monotonic()
+                    work = partial(load_verified, root, self._settings, self._log)
+                    entry.model = await asyncio.to_thread(work)
+                    entry.problem, entry.loaded_at = None, time.monotonic()
+                    entry.last_used = entry.loaded_at
+                    self._log(f"{entry.name}: loaded and verified in {entry.loaded_at - began:.1f} s")
+                entry.grant()
         except ApiError:
             raise
         except Exception as error:
@@ -189,34 +217,45 @@ class Pool:
             if entry.model is None:
                 entry.bytes = 0
 
-    def _make_room(self, entry: Entry, size: int) -> None:
-        """Unload idle models, the least recently used first, until a model fits.
+    async def _make_room(self, entry: Entry, size: int) -> None:
+        """Unload models until another one fits, and reserve its memory.
 
         Raises:
             PrecastError: the model is larger than the limit.
-            ApiError: the other models are in use.
+            ApiError: no request waits for the model any more.
         """
         limit = self._settings.memory
-        if limit is not None:
-            if size > limit:
-                raise PrecastError(
-                    f"needs {size_text(size)}, but --memory allows {size_text(limit)}; raise --memory."
-                )
-            idle = sorted((e for e in self.entries.values() if e.is_idle), key=lambda e: e.last_used)
-            while size + sum(e.bytes for e in self.entries.values()) > limit:
-                if not idle:
-                    raise ApiError(
-                        503,
-                        "Other models are in use, and memory is short; try again later.",
-                        code="memory_full",
-                        retry_after=_RETRY_S,
-                    )
-                self._unload(idle.pop(0))
+        if limit is not None and size > limit:
+            raise PrecastError(
+                f"needs {size_text(size)}, but --memory allows {size_text(limit)}; raise --memory."
+            )
+        try:
+            while limit is not None and size + sum(e.bytes for e in self.entries.values()) > limit:
+                if not entry.leases:
+                    raise ApiError(503, "The request was given up.", code="model_not_loaded")
+                await self._unload_one()
+        finally:
+            for other in self.entries.values():
+                if other.gives_way:
+                    other.grant()
         entry.bytes = size
+
+    async def _unload_one(self) -> None:
+        """Unload the idle model that was used least recently; if none is idle, wait until a request ends.
+
+        Meanwhile, the model that was loaded first gives way, or its requests could keep the others waiting for ever.
+        """
+        loaded = [entry for entry in self.entries.values() if entry.model is not None]
+        if idle := [entry for entry in loaded if entry.is_idle]:
+            self._unload(min(idle, key=lambda entry: entry.last_used))
+            return
+        min(loaded, key=lambda entry: entry.loaded_at).gives_way = True
+        self._changed.clear()
+        await self._changed.wait()
 
     def _unload(self, entry: Entry) -> None:
         self._log(f"{entry.name}: unloaded")
-        entry.model, entry.bytes = None, 0
+        entry.model, entry.bytes, entry.gives_way = None, 0, False
         gc.collect()  # models are in reference cycles, and hold gigabytes
 
 

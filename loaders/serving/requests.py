@@ -154,11 +154,45 @@ def text_event(value: Callable[[str], Any]) -> Callable[[str], bytes]:
     return lambda text: before + json_bytes(text) + after
 
 
-async def read_body(headers: Mapping[str, str], receive: Receive, most: int) -> bytes:
+class Arriving:
+    """The memory of bodies that have not arrived completely.
+
+    Args:
+        most: maximum number of bytes of all these bodies together.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken = most, 0
+
+    def take(self, size: int) -> None:
+        """Count further bytes.
+
+        Raises:
+            ApiError: the bodies are too long together.
+        """
+        if self._taken + size > self._most:
+            raise ApiError(
+                429, "Too many long requests are arriving; try again later.", code="queue_full", retry_after=1
+            )
+        self._taken += size
+
+    def release(self, size: int) -> None:
+        """Count bytes no longer."""
+        self._taken -= size
+
+
+async def read_body(headers: Mapping[str, str], receive: Receive, most: int, arriving: Arriving) -> bytes:
     """Return the body of a request.
 
+    Args:
+        headers: the request's headers.
+        receive: ASGI's function that returns the client's next message.
+        most: maximum number of bytes.
+        arriving: the memory for this and the other bodies that arrive.
+
     Raises:
-        ApiError: the body is too long, arrives too slowly, is not declared as JSON, or is cut short.
+        ApiError: the body is too long, arrives too slowly, is not declared as JSON, or is cut short; or too many long
+            bodies are arriving.
     """
     if headers.get("content-type", "").partition(";")[0].strip().lower() != _JSON:
         raise ApiError(415, f"The header content-type must be {_JSON}.", code="unsupported_media_type")
@@ -172,13 +206,17 @@ async def read_body(headers: Mapping[str, str], receive: Receive, most: int) -> 
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise Disconnected
-                body += message.get("body", b"")
-                if len(body) > most:
+                piece = message.get("body", b"")
+                if len(body) + len(piece) > most:
                     raise _too_long(most)
+                arriving.take(len(piece))
+                body += piece
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
         raise ApiError(408, f"The body took longer than {_BODY_S:.0f} s to arrive.") from None
+    finally:
+        arriving.release(len(body))
 
 
 def _too_long(most: int) -> ApiError:

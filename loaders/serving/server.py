@@ -22,10 +22,13 @@ from .openai.response_store import ResponseStore
 from .pool import Pool
 from .preparing import Preparing
 from .protocol import Protocol
+from .requests import Arriving
 from .settings import ServeSettings
 
 # Requests in preparation, besides those that the queues of the models hold.
 _PREPARING = 64
+# Bodies of the maximum size that may arrive at the same time.
+_ARRIVING = 32
 # Threads besides one for each model, which computes: for loading models and for closing streams.
 _SPARE_THREADS = 8
 # Maximum size of a request's headers, in bytes.
@@ -86,6 +89,7 @@ async def _serve(
         preparing=preparing,
         metrics=Metrics(pool),
         responses=ResponseStore(),
+        arriving=Arriving(_ARRIVING * settings.max_body),
         address=str(listener.getsockname()[0]),
     )
     server = _Server(_config(services, log), on_start)

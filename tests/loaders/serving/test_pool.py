@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,17 @@ async def use(pool: Pool, names: str) -> None:
             assert model.engine.context == 64
 
 
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def size_of(root: Path) -> int:
+    """Return the memory that a model is estimated to need."""
+    return _measure(root, ServeSettings(), LOG.append)[1]
+
+
 def test_a_model_is_loaded_once_for_many_requests(folders) -> None:
     async def work(pool: Pool) -> str:
         assert loaded(pool) == ""
@@ -63,8 +75,6 @@ def test_a_model_is_loaded_once_for_many_requests(folders) -> None:
 
 
 def test_the_least_recently_used_model_is_unloaded(folders) -> None:
-    size = _measure(folders["a"], ServeSettings(), LOG.append)[1]
-
     async def work(pool: Pool) -> list[str]:
         states = []
         for names in ("a", "b", "ac", "b"):
@@ -72,22 +82,118 @@ def test_the_least_recently_used_model_is_unloaded(folders) -> None:
             states.append(loaded(pool))
         return states
 
-    assert run(folders, work, memory=size * 5 // 2) == ["a", "ab", "ac", "bc"]
+    assert run(folders, work, memory=size_of(folders["a"]) * 5 // 2) == ["a", "ab", "ac", "bc"]
 
 
-def test_a_model_in_use_stays(folders) -> None:
-    size = _measure(folders["a"], ServeSettings(), LOG.append)[1]
+def test_a_model_in_use_stays_and_the_next_one_waits(folders) -> None:
+    async def work(pool: Pool) -> None:
+        async with pool.lease("a", 1):
+            waiting = asyncio.create_task(use(pool, "b"))
+            await until(lambda: pool.entries["a"].gives_way)
+            assert (loaded(pool), waiting.done()) == ("a", False)
+        await waiting
+        assert loaded(pool) == "b"
+
+    run(folders, work, memory=size_of(folders["a"]) * 3 // 2)
+
+
+def test_a_model_that_gives_way_answers_later(folders) -> None:
+    """A request that arrives while its model gives way waits for the model's next turn."""
+    order: list[str] = []
+
+    async def ask(pool: Pool, name: str) -> None:
+        async with pool.lease(name, 1) as model:
+            order.append(name)
+            assert pool.entries[name].model is model
+
+    async def work(pool: Pool) -> None:
+        async with pool.lease("a", 1) as first:
+            tasks = [asyncio.create_task(ask(pool, "b"))]
+            await until(lambda: pool.entries["a"].gives_way)
+            tasks += [asyncio.create_task(ask(pool, "a")) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            assert (order, pool.entries["a"].model) == ([], first)
+        await asyncio.gather(*tasks)
+        assert order == ["b", "a", "a", "a"]
+
+    run(folders, work, memory=size_of(folders["a"]) * 3 // 2)
+
+
+def test_another_model_becomes_idle_first(folders) -> None:
+    """The model that should give way stays, and its requests go on."""
 
     async def work(pool: Pool) -> None:
         async with pool.lease("a", 1):
-            with pytest.raises(ApiError, match="memory is short") as caught:
-                await use(pool, "b")
-            assert (caught.value.status, caught.value.headers) == (503, {"retry-after": "1"})
-            assert loaded(pool) == "a"
-        await use(pool, "b")
-        assert loaded(pool) == "b"
+            async with pool.lease("b", 1):
+                third = asyncio.create_task(use(pool, "c"))
+                await until(lambda: pool.entries["a"].gives_way)
+                fourth = asyncio.create_task(use(pool, "a"))
+            await asyncio.gather(third, fourth)
+            assert loaded(pool) == "ac"
+            assert not pool.entries["a"].gives_way
+        assert pool.entries["a"].leases == set()
 
-    run(folders, work, memory=size * 3 // 2)
+    run(folders, work, memory=size_of(folders["a"]) * 5 // 2)
+
+
+def test_nobody_waits_for_memory_any_more(folders) -> None:
+    async def work(pool: Pool) -> None:
+        async with pool.lease("a", 1):
+            waiting = asyncio.create_task(use(pool, "b"))
+            await until(lambda: pool.entries["a"].gives_way)
+            waiting.cancel()
+            await until(lambda: pool.entries["b"].loading is None)
+            await use(pool, "a")
+        assert (loaded(pool), pool.entries["b"].bytes) == ("a", 0)
+        await use(pool, "b")
+
+    run(folders, work, memory=size_of(folders["a"]) * 3 // 2)
+
+
+def test_three_models_in_the_memory_of_two_answer_a_mixed_load(folders, monkeypatch) -> None:
+    """No request fails or starves, and the models never take more than the limit."""
+    limit, most, count = size_of(folders["a"]) * 5 // 2, [0], dict.fromkeys("abc", 0)
+
+    def load(*_: Any) -> Any:
+        return SimpleNamespace(engine=SimpleNamespace(slots=8))
+
+    monkeypatch.setattr("precast.loaders.serving.pool.load_verified", load)
+
+    async def ask(pool: Pool, name: str, seconds: float) -> None:
+        for _ in range(20):
+            entry = pool.entries[name]
+            async with pool.lease(name) as model:
+                most[0] = max(most[0], sum(e.bytes for e in pool.entries.values()))
+                assert entry.model is model
+                await asyncio.sleep(seconds)
+                assert entry.model is model
+                count[name] += 1
+
+    async def work(pool: Pool) -> None:
+        asks = [ask(pool, name, 0.002 * n) for n in range(1, 4) for name in "abc"]
+        async with asyncio.timeout(120):
+            await asyncio.gather(*asks)
+
+    run(folders, work, memory=limit)
+    assert count == dict.fromkeys("abc", 60)
+    assert most[0] <= limit
+
+
+def test_a_load_that_fails_fails_all_who_wait_and_frees_its_memory(folders, monkeypatch) -> None:
+    """The estimate may be wrong: the load then finds too little memory."""
+
+    def fail(*_: Any) -> None:
+        raise PrecastError("weights.safetensors: expected 2 GB of free memory, found 1 GB.")
+
+    async def work(pool: Pool) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("precast.loaders.serving.pool.load_verified", fail)
+            errors = await asyncio.gather(*(use(pool, "a") for _ in range(4)), return_exceptions=True)
+        assert [error.status for error in errors if isinstance(error, ApiError)] == [503] * 4
+        assert pool.entries["a"].bytes == 0
+        await use(pool, "ba")
+
+    run(folders, work, memory=size_of(folders["a"]) * 5 // 2)
 
 
 def test_a_model_that_never_fits(folders) -> None:
@@ -142,7 +248,7 @@ def test_any_error_of_a_load(folders, monkeypatch) -> None:
             await pool.preload()
         entry = pool.entries["a"]
         assert pool.obstacle == "The model could not be loaded; the server's log gives the reason."
-        assert (entry.problem, entry.bytes, entry.leases) == ("MemoryError('no room')", 0, 0)
+        assert (entry.problem, entry.bytes, entry.leases) == ("MemoryError('no room')", 0, set())
         await use(pool, "a")
         assert pool.obstacle is None
 

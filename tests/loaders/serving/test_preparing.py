@@ -23,6 +23,7 @@ def services(preparing: Preparing) -> Services:
         preparing=preparing,
         metrics=nothing,
         responses=nothing,
+        arriving=nothing,
         address="",
     )
 
