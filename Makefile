@@ -12,7 +12,7 @@ BENCH_PRECAST ?= .venv-bench-precast
 PYTEST = $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP_INSTALL = .ci/pip_install.py --constraint constraints.txt
 
-.PHONY: help demo test test-long lint wheel docs bench fuzz fuzz-serve kill interrupt
+.PHONY: help demo test test-long lint wheel docs bench fuzz fuzz-serve kill interrupt soak
 
 help:  ## show the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv]"
@@ -49,7 +49,7 @@ wheel: $(READY)  ## build the manylinux wheel into dist/
 docs: $(DOCS_READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 PRECAST_TYPES=$(VENV)/types $(BIN)/mkdocs build --strict
 
-# Each of these four targets prints the faults that it finds, and the commands that repeat them.
+# Each of these five targets prints the faults that it finds.
 fuzz: $(READY)  ## load 20,000 mutated artifacts
 	$(BIN)/python tests/fuzz/run.py --cases 20000 --seed 1 $(FUZZ_ARGS)
 
@@ -61,6 +61,9 @@ fuzz-serve: $(READY)  ## send the server 10,000 generated requests, most of them
 
 interrupt: $(READY)  ## press Ctrl-C in 13 commands, 130 times
 	$(BIN)/python tests/fuzz/interrupt.py --tries 130 --seed 1 $(INTERRUPT_ARGS)
+
+soak: $(READY) $(DEMO)/manifest.json  ## load the server with requests of all kinds for half an hour
+	$(BIN)/python tests/fuzz/soak.py --minutes 30 --seed 1 --strict $(SOAK_ARGS)
 
 bench: $(READY) $(BENCH_READY)  ## compare with llama.cpp, OpenVINO, transformers and jax.jit (6 GB of packages)
 	$(BIN)/python benchmarks/headline.py

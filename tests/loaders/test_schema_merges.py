@@ -48,7 +48,7 @@ def product(levels: int) -> dict[str, Any]:
     [nested(60, anyOf=ARRAYS), nested(60, oneOf=ARRAYS), referring(40), product(30), referring(1000)],
     ids=["anyOf", "oneOf", "references", "allOf", "long"],
 )
-def test_case_15_a_schema_that_doubles_at_each_level(schema) -> None:
+def test_fault_15_a_schema_that_doubles_at_each_level(schema) -> None:
     with pytest.raises(PrecastError) as caught:
         SamplingParams(json_schema=schema)
     assert str(caught.value).startswith("Sampling parameters: json_schema: expected ")
@@ -65,7 +65,7 @@ def test_case_15_a_schema_that_doubles_at_each_level(schema) -> None:
     ],
     ids=["escaped", "anchor", "absolute", "relative", "list"],
 )
-def test_case_15_every_form_of_reference_is_followed(references) -> None:
+def test_fault_15_every_form_of_reference_is_followed(references) -> None:
     with pytest.raises(PrecastError, match="objects in a schema after merging"):
         SamplingParams(json_schema=chained(references))
 

@@ -1,12 +1,10 @@
 """Fixtures for tests of the server: servers in processes of their own, and clients."""
 
 import contextlib
-import hashlib
 import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,17 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tool_template import copy_with_tools
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "artifacts" / "smollm2-135m-instruct-int8"
-# A template that offers tools in Hermes' form.
-TOOL_TEMPLATE = (
-    '{% if tools %}<|im_start|>system\nCall tools with <tool_call>\\n{"name": NAME, "arguments": OBJECT}\\n'
-    "</tool_call>.\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-    "{% for call in m['tool_calls'] or [] %}<tool_call>\n{{ call['function'] | tojson }}\n</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 _STARTED = re.compile(r"Serving .* at (http://\S+)/v1;")
 
 
@@ -119,14 +110,7 @@ def tool_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the demo artifact with a chat template that offers tools."""
     if not DEMO.exists():
         pytest.skip("the demo artifact is missing: make demo")
-    root = Path(shutil.copytree(DEMO, tmp_path_factory.mktemp("artifacts") / "tools"))
-    manifest = json.loads((root / "manifest.json").read_text())
-    data = TOOL_TEMPLATE.encode()
-    (root / "chat_template.jinja").write_bytes(data)
-    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest["files"]["chat_template.jinja"].update(entry)
-    (root / "manifest.json").write_text(json.dumps(manifest))
-    return root
+    return copy_with_tools(DEMO, tmp_path_factory.mktemp("artifacts") / "tools")
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def test_names_of_others(host) -> None:
         check_host({"host": host}, "127.0.0.1")
 
 
-def test_a_foreign_name_is_refused_by_the_server(tiny_server) -> None:
+def test_fault_18_a_foreign_name_is_refused_by_the_server(tiny_server) -> None:
     status, _, body = tiny_server.request("/v1/models", headers={"host": "evil.example"})
     assert (status, body["error"]["code"]) == (403, "host_not_allowed")
     assert tiny_server.request("/health", headers={"host": "10.0.0.1"})[0] == 200

@@ -8,7 +8,7 @@ BODY = {"model": "copy", "prompt": "the cat", "max_tokens": 4}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_weights_that_were_modified(start_server, artifact_copy, stream) -> None:
+def test_fault_18_an_answer_that_fails_names_no_file(start_server, artifact_copy, stream) -> None:
     server = start_server(artifact_copy)
     weights = artifact_copy / "weights.safetensors"
     weights.write_bytes(weights.read_bytes())

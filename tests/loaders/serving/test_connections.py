@@ -50,7 +50,7 @@ def clean(demo_server):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_case_19_a_disconnect_while_tokens_are_generated(demo_server, clean, stream) -> None:
+def test_fault_19_a_disconnect_while_tokens_are_generated(demo_server, clean, stream) -> None:
     name = f"decode-{stream}"
     with send(demo_server, LONG | {"stream": stream}, name) as connection:
         if stream:
@@ -62,7 +62,7 @@ def test_case_19_a_disconnect_while_tokens_are_generated(demo_server, clean, str
     assert record["completion_tokens"] < 1500
 
 
-def test_case_19_a_disconnect_while_the_prompt_is_read(demo_server, clean) -> None:
+def test_fault_19_a_disconnect_while_the_prompt_is_read(demo_server, clean) -> None:
     prompt = list(range(1000, 2900))
     send(demo_server, LONG | {"prompt": prompt, "max_tokens": 100}, "prefill").close()
     (record,) = demo_server.wait_for(lambda: demo_server.records(request_id="prefill"))
@@ -70,7 +70,7 @@ def test_case_19_a_disconnect_while_the_prompt_is_read(demo_server, clean) -> No
     assert record.get("completion_tokens", 0) == 0
 
 
-def test_case_19_a_disconnect_in_the_queue(demo_server, clean) -> None:
+def test_fault_19_a_disconnect_in_the_queue(demo_server, clean) -> None:
     with send(demo_server, LONG | {"n": 8}, "slots"):
         demo_server.wait_for(lambda: demo_server.running() == 8)
         with send(demo_server, LONG, "queue"):
@@ -81,7 +81,7 @@ def test_case_19_a_disconnect_in_the_queue(demo_server, clean) -> None:
     demo_server.wait_for(lambda: demo_server.records(request_id="slots"))
 
 
-def test_case_16_health_is_answered_while_requests_are_hard(demo_server, clean) -> None:
+def test_fault_16_health_is_answered_while_requests_are_hard(demo_server, clean) -> None:
     """A deep schema, a costly regular expression and long prompts are prepared outside the event loop."""
     deep: dict[str, Any] = {"type": "string"}
     for _ in range(60):
@@ -99,7 +99,7 @@ def test_case_16_health_is_answered_while_requests_are_hard(demo_server, clean) 
         connection.close()
 
 
-def test_case_17_slow_headers(monkeypatch) -> None:
+def test_fault_17_slow_headers(monkeypatch) -> None:
     """A connection without complete headers is closed; one with an answer in progress is not."""
     monkeypatch.setattr(protocol, "HEADERS_S", 0.2)
 
@@ -166,7 +166,7 @@ class Reading:
         await endpoint({**scope, "path_params": {}, "precast.request": request}, receive, send)
 
 
-def test_a_client_that_stops_reading(monkeypatch) -> None:
+def test_fault_17_a_client_that_stops_reading(monkeypatch) -> None:
     """After the deadline, the answer ends, and the connection is aborted."""
     monkeypatch.setattr(requests, "_GRACE_S", 0.3)
     reading = Reading()
@@ -225,13 +225,19 @@ def test_sigterm_lets_answers_finish(start_server, tool_artifact) -> None:
 
 
 def test_answers_end_after_the_drain_timeout(start_server, tool_artifact) -> None:
+    """A stream is cut; an answer that has not begun is an error in the API's form."""
     server = start_server(tool_artifact, "--drain-timeout", "0.3")
-    with send(server, LONG | {"model": "tools", "stream": True, "n": 4}, "cut") as connection:
-        assert connection.recv(65536)
+    ask = LONG | {"model": "tools", "n": 4}
+    with send(server, ask | {"stream": True}, "cut") as cut, send(server, ask, "refused") as refused:
+        assert cut.recv(65536)
+        server.wait_for(lambda: server.running() == 8)
         server.process.send_signal(signal.SIGTERM)
-        text = read_all(connection)
-    assert b"[DONE]" not in text
+        assert b"[DONE]" not in read_all(cut)
+        head, _, body = read_all(refused).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert json.loads(body)["error"]["code"] == "server_stopping"
     assert server.process.wait(60) == 0
+    assert server.records(level="error", error="CancelledError()") == []
     (record,) = server.records(request_id="cut")
     assert record["completion_tokens"] < 6000
 

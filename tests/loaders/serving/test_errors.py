@@ -173,7 +173,7 @@ def test_malformed_json(tiny_server, body) -> None:
     assert (status, error["type"]) == (400, "invalid_request_error")
 
 
-def test_case_14_extreme_but_legal_parameters(tiny_server) -> None:
+def test_fault_14_extreme_but_legal_parameters(tiny_server) -> None:
     extremes = {
         "temperature": 1e-30,
         "top_p": 0,
@@ -269,8 +269,7 @@ def test_a_body_cut_short(tiny_server) -> None:
     assert tiny_server.request("/v1/completions", TEXT)[0] == 200
 
 
-def test_chunks_of_one_byte(tiny_server) -> None:
-    """Case 17: tiny chunks."""
+def test_fault_17_chunks_of_one_byte(tiny_server) -> None:
     body = json.dumps(TEXT).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
@@ -282,8 +281,7 @@ def test_chunks_of_one_byte(tiny_server) -> None:
     assert answer.startswith(b"HTTP/1.1 200")
 
 
-def test_huge_headers(tiny_server) -> None:
-    """Case 17: huge headers."""
+def test_fault_17_huge_headers(tiny_server) -> None:
     with socket.create_connection(("127.0.0.1", tiny_server.port)) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 100_000)
         connection.shutdown(socket.SHUT_WR)

@@ -46,7 +46,7 @@ def limited(start_server: Callable[..., Any], tool_artifact: Path, tmp_path_fact
         {"host": "sesame", "x-forwarded-for": "127.0.0.1"},
     ],
 )
-def test_case_18_every_route_needs_a_key(limited, path, headers) -> None:
+def test_fault_18_every_route_needs_a_key(limited, path, headers) -> None:
     status, _, body = limited.request(path, {} if "chat" in path else None, headers=headers)
     assert status == 401
     assert body["error"]["code"] == "invalid_api_key"
