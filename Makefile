@@ -68,6 +68,7 @@ soak: $(READY) $(DEMO)/manifest.json  ## load the server with requests of all ki
 bench: $(READY) $(BENCH_READY)  ## compare with llama.cpp, OpenVINO, transformers and jax.jit (6 GB of packages)
 	$(BIN)/python benchmarks/headline.py
 	$(BIN)/python benchmarks/three_mistakes.py
+	$(BIN)/python benchmarks/on_demand.py
 	$(PYTHON) -m venv $(BENCH_PRECAST)  # not editable: an editable install starts more slowly, and the peers are installed normally too
 	$(BENCH_PRECAST)/bin/python $(PIP_INSTALL) '.[export,serve]'
 	$(BENCH_PRECAST)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps .
