@@ -1,12 +1,17 @@
 """Records of models whose golden answers have been replayed on this machine, so that they need not be replayed again.
 
-A replay takes several times as long as loading. Its result depends on the artifact's files, on the machine and on the
-installed packages alone, so one replay of each combination is enough.
+A replay takes several times as long as loading. Its result depends on the artifact, on the machine, on the installed
+packages and on XLA's flags alone, so one replay of each combination is enough.
 """
 
 import hashlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from precast import kernels
 
@@ -41,6 +46,8 @@ def replay_once(model: Model, root: Path, *, again: bool = False) -> None:
     data = read_checked(root, manifest.golden, manifest.files[manifest.golden])
     report = replay(model, parse_golden(data, manifest, str(root / manifest.golden)), str(root))
     if report.problems:
+        with suppress(OSError, PrecastError):
+            _record(model).unlink(missing_ok=True)
         raise PrecastError(report.problems[0])
     with suppress(OSError, PrecastError):
         record = _record(model)
@@ -60,12 +67,28 @@ def _record(model: Model) -> Path:
 
     Raises:
         PrecastError: there is no cache folder, or others may write to it.
-        OSError: the library of kernels cannot be found.
+        OSError: a file of this package disappears.
     """
-    manifest, target = model.manifest, model.target
-    digests = sorted((name, entry.sha256) for name, entry in manifest.files.items())
-    library = Path(kernels.__file__).parent.glob("_kernels*")
-    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in library]
-    machine = this_machine(cuda=target.platform == "cuda")
-    key = (digests, target, manifest.cache, manifest.context, manifest.slots, machine, sorted(state))
+    machine = this_machine(cuda=model.target.platform == "cuda")
+    # The manifest is not among the files that it lists, so their hashes alone would ignore a change of the manifest.
+    key = (model.manifest, model.target, machine, os.environ.get("XLA_FLAGS", ""), _packages())
     return trusted_cache(_FOLDER) / hashlib.sha256(repr(key).encode()).hexdigest()
+
+
+def _packages() -> tuple[object, ...]:
+    """Describe the packages that compute, except for those in the description of the machine."""
+    code, library = Path(__file__).parents[1], Path(kernels.__file__).parent
+    return (
+        np.__version__,
+        # A model of a SavedModel has imported TensorFlow.
+        getattr(sys.modules.get("tensorflow"), "__version__", ""),
+        sorted(_states(code, code.rglob("*.py"))),
+        sorted(_states(library, library.glob("_kernels*"))),
+    )
+
+
+def _states(folder: Path, files: Iterable[Path]) -> Iterator[tuple[str, int, int]]:
+    """Yield the name, size and modification time of each file; reinstalling a package changes the time."""
+    for file in files:
+        status = file.stat()
+        yield str(file.relative_to(folder)), status.st_size, status.st_mtime_ns

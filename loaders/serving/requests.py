@@ -261,7 +261,9 @@ class Transport:
         left = max(self._deadline + _GRACE_S - time.monotonic(), 0.0)
         try:
             await asyncio.wait((working, watching), timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if not (working.done() or self._is_complete):
+            # The last message may wait for a client that does not read, so only a disconnect is expected after it.
+            has_reported_end = watching.done() and self._is_complete
+            if not (working.done() or has_reported_end):
                 raise Disconnected
             await working
         finally:

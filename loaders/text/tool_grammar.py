@@ -81,9 +81,11 @@ def _arguments(schema: Mapping[str, Any]) -> dict[str, Any]:
 
     A small model would otherwise invent further arguments without end.
     """
-    names = schema.get("properties")
-    is_list = isinstance(names, Mapping) and schema.keys() <= _LISTING
-    is_closed = is_list and set(schema.get("required") or ()) <= set(names or ())
+    names, required = schema.get("properties"), schema.get("required") or []
+    is_closed = False
+    # A malformed schema stays unchanged, so that the grammar's error refers to the user's own schema.
+    if isinstance(names, Mapping) and isinstance(required, list | tuple) and schema.keys() <= _LISTING:
+        is_closed = all(isinstance(name, str) and name in names for name in required)
     closing = {"additionalProperties": False} if is_closed else {}
     return {"type": "object", **schema, **closing, "x-guidance": _LAYOUT}
 

@@ -1,5 +1,8 @@
 """Golden answers are replayed once for each combination of artifact and machine."""
 
+import copy
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,65 @@ def test_another_machine_replays_again(
     monkeypatch.setattr(replayed, "this_machine", lambda cuda: machine)
     replayed.replay_once(tiny_model, tiny_artifact)
     assert len(replays) == 2
+
+
+def other_manifest(model: Any, _: pytest.MonkeyPatch) -> None:
+    manifest = model.manifest
+    model.manifest = replace(manifest, sampling=replace(manifest.sampling, temperature=0.123))
+
+
+def other_flags(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+
+
+def other_numpy(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replayed.np, "__version__", "0.0.1")
+
+
+@pytest.mark.parametrize("change", [other_manifest, other_flags, other_numpy])
+def test_a_change_replays_again(
+    replays: list[str],
+    tiny_model: Any,
+    tiny_artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Any, pytest.MonkeyPatch], None],
+) -> None:
+    replayed.replay_once(tiny_model, tiny_artifact)
+    model = copy.copy(tiny_model)
+    change(model, monkeypatch)
+    for _ in range(2):
+        replayed.replay_once(model, tiny_artifact)
+    assert len(replays) == 2
+
+
+def test_another_version_of_the_code_replays_again(
+    replays: list[str],
+    tiny_model: Any,
+    tiny_artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = tmp_path / "loaders" / "audit" / "replayed.py"
+    code.parent.mkdir(parents=True)
+    code.touch()
+    monkeypatch.setattr(replayed, "__file__", str(code))
+    replayed.replay_once(tiny_model, tiny_artifact)
+    os.utime(code, (1, 1))
+    for _ in range(2):
+        replayed.replay_once(tiny_model, tiny_artifact)
+    assert len(replays) == 2
+
+
+def test_a_failure_removes_the_record(
+    replays: list[str], tiny_model: Any, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed.replay_once(tiny_model, tiny_artifact)
+    with monkeypatch.context() as patch:
+        patch.setattr("precast.loaders.audit.verify._token_problems", lambda *_: ["a token differs"])
+        with pytest.raises(PrecastError, match="a token differs"):
+            replayed.replay_once(tiny_model, tiny_artifact, again=True)
+    replayed.replay_once(tiny_model, tiny_artifact)
+    assert len(replays) == 3
 
 
 def test_a_failure_is_not_recorded(

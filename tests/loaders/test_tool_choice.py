@@ -187,6 +187,14 @@ def test_a_model_may_reason_before_the_calls(scripted_model, marks, is_open):
             "tools: parameters of 'bad' at #/properties/a: expected a schema that llguidance can enforce, found: Unim",
         ),
         (
+            {"tools": [{"name": "bad", "parameters": {"properties": {"a": {}}, "required": 5}}]},
+            "tools: parameters of 'bad'",
+        ),
+        (
+            {"tools": [{"name": "bad", "parameters": {"properties": {"a": {}}, "required": [["a"]]}}]},
+            "tools: parameters of 'bad'",
+        ),
+        (
             {"tools": [{"name": "bad", "parameters": {"properties": {"a": {"pattern": "("}}}}]},
             "tools: parameters of 'bad' at #/properties/a: expected a schema that llguidance can enforce, found: a reg",
         ),

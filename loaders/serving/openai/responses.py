@@ -41,9 +41,10 @@ async def responses(services: Services, request: Request, body: bytes) -> Reply 
 
             async def events() -> AsyncIterator[bytes]:
                 async for each in _events(answers, head):
-                    yield event(each, each["type"])
+                    # Before the event is sent, because the client may then continue the response at once.
                     if each["type"] in ("response.completed", "response.incomplete"):
                         keep(answers.completion(), json_bytes(each["response"]))
+                    yield event(each, each["type"])
 
             return EventReply(events=events(), closing=stack.pop_all())
         items = _Items()

@@ -188,6 +188,23 @@ def test_fault_17_a_client_that_stops_reading(monkeypatch) -> None:
     assert reading.facts == {"status": 499}
 
 
+def test_a_client_that_does_not_read_the_last_message() -> None:
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(_: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        transport = requests.Transport(receive, send, time.monotonic() - requests._GRACE_S + 0.2)
+        last = transport.send({"type": "http.response.body", "body": b""})
+        async with asyncio.timeout(10):
+            with pytest.raises(requests.Disconnected):
+                await transport.until_disconnect(last)
+
+    asyncio.run(main())
+
+
 HANGING = """
 import sys, threading
 from precast import cli

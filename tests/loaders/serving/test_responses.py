@@ -1,14 +1,20 @@
 """OpenAI's responses through its client, with the demo model."""
 
+import asyncio
 import json
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace as Namespace
+from typing import Any, cast
 
 import pytest
 
 from precast.loaders.serving.errors import ApiError
+from precast.loaders.serving.openai import responses
 from precast.loaders.serving.openai.response_schemas import ResponseRequest
 from precast.loaders.serving.openai.response_store import ResponseStore
 from precast.loaders.serving.openai.response_translate import new_messages
+from precast.loaders.serving.requests import EventReply
 
 QUESTION = "What is the capital of France?"
 TOOLS: Any = [
@@ -102,6 +108,38 @@ def test_a_response_is_shown_and_deleted(openai) -> None:
                 call(response.id)
         with pytest.raises(NotFoundError, match="not found; send the whole conversation"):
             ask(openai, previous_response_id=response.id)
+
+
+def test_a_streamed_response_is_stored_before_its_last_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, a client that continues the response at once might get status 404."""
+    store = ResponseStore()
+    answers = Namespace(model=None, completion=lambda: Namespace(message=dict))
+
+    async def prepare(_: Any, work: Callable[[], Any]) -> Any:
+        return work()
+
+    @asynccontextmanager
+    async def answering(*_: Any) -> AsyncIterator[Any]:
+        yield answers
+
+    async def events(_: Any, head: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        yield {"type": "response.completed", "response": head}
+
+    monkeypatch.setattr(responses, "answering", answering)
+    monkeypatch.setattr(responses, "_events", events)
+    monkeypatch.setattr(responses, "_sampling", lambda *_: {})
+
+    async def main() -> bytes:
+        services: Any = Namespace(prepare=prepare, responses=store)
+        body = json.dumps(BODY | {"stream": True}).encode()
+        reply = await responses.responses(services, cast("Any", None), body)
+        assert isinstance(reply, EventReply)
+        async with reply.closing:
+            return await anext(reply.events)
+
+    sent = asyncio.run(main())
+    response = json.loads(sent.partition(b"data: ")[2])["response"]
+    assert json.loads(store.body(response["id"])) == response
 
 
 def test_a_response_that_is_not_stored(openai) -> None:
