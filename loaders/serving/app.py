@@ -17,6 +17,7 @@ from .access import check_host, check_key
 from .answers import Services
 from .errors import ApiError, anthropic_error, openai_error
 from .logs import Log
+from .preparing import LARGE
 from .protocol import ABORT
 from .requests import (
     Disconnected,
@@ -85,8 +86,8 @@ class Endpoint(Frozen):
             api = next(iter(self.methods.values())).api
             await _refuse(ApiError(405, text, code="method_not_allowed"), api, send, {"allow": allowed})
             return
+        body = b""
         try:
-            body = b""
             if route.schema is not None:
                 most, arriving = self.services.settings.max_body, self.services.arriving
                 body = await read_body(request.headers, receive, most, arriving)
@@ -102,6 +103,9 @@ class Endpoint(Frozen):
         except Disconnected:
             request.facts["status"] = _CLOSED
             await _abort(scope)
+        finally:
+            if len(body) >= LARGE:
+                self.services.preparing.tidy()
 
     async def _answer(self, route: ApiRoute, request: Request, body: bytes, transport: Transport) -> None:
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -50,6 +51,34 @@ def test_calls_that_wait_are_bounded() -> None:
         preparing.close()
 
     asyncio.run(main())
+
+
+def own_memory() -> int:
+    """Return the resident memory without mapped files, in bytes."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+def test_memory_of_long_texts_is_given_back(tiny_model) -> None:
+    """glibc would keep a few hundred megabytes."""
+    text = "the cat " * 100_000
+
+    async def main() -> None:
+        preparing = Preparing(most=4)
+        before = own_memory()
+        for _ in range(4):
+            await asyncio.gather(
+                *(preparing.run(lambda: len(tiny_model.tokenizer.encode(text))) for _ in range(2))
+            )
+        kept = own_memory() - before
+        assert kept > 50_000_000
+        preparing.tidy()
+        while own_memory() - before > kept / 3:
+            await asyncio.sleep(0.05)
+        preparing.close()
+        preparing.tidy()
+
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 def test_a_deadline_during_preparation() -> None:
