@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +12,7 @@ from .artifact.errors import PrecastError, log_to_stderr
 from .artifact.manifest import WEIGHTS_FILE, Manifest, Target
 from .artifact.origin import has_row_invariance
 from .artifact.weights import map_weights
+from .background import BackgroundCall
 from .compiling import trial
 from .executables import (
     CheckedArtifact,
@@ -27,7 +27,6 @@ from .generation.prefixes import PrefixTree
 from .locate import find_artifact, read_manifest
 from .required_key import required_key
 from .runtime import installed, limits, pjrt
-from .runtime.interface import Executable
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -312,7 +311,7 @@ def _model(
 ) -> Model:
     client, load_executables = open_runtime(artifact, compiled, settings)
     # Parse the tokenizer while XLA loads the programs. XLA releases the GIL, and the two tasks take about equally long.
-    loading = _BackgroundCall(load_executables)
+    loading = BackgroundCall(load_executables)
     try:
         tokenizer = _tokenizer(artifact)
     finally:
@@ -338,29 +337,6 @@ def _model(
         compiles=sum(executable.compiled for executable in executables.values()),
         prefixes=prefixes,
     )
-
-
-class _BackgroundCall(Thread):
-    """A function call in a separate thread. Importing concurrent.futures for this would take 5 ms."""
-
-    def __init__(self, call: Callable[[], Mapping[str, Executable]]) -> None:
-        super().__init__(daemon=True)
-        self._call = call
-        self._error: BaseException | None = None
-        self._result: Mapping[str, Executable] = {}
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._result = self._call()
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> Mapping[str, Executable]:
-        """Return the call's result, or raise its error. Call `join` first."""
-        if self._error is not None:
-            raise self._error
-        return self._result
 
 
 def _tokenizer(artifact: CheckedArtifact) -> Tokenizer:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..artifact.errors import PrecastError, printable
 from ..artifact.frozen import Frozen
 from ..artifact.interrupt import raise_on_interrupt
-from .run import LoadOptions
+from .run import LoadOptions, fast_start
 
 if TYPE_CHECKING:
     from ..serving.settings import ServeSettings
@@ -56,8 +56,8 @@ def run(artifacts: Sequence[Path | str], *, options: ServeOptions, loading: Load
             f"precast serve needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed:"
             " pip install 'precast[serve]'"
         )
+    from ..serving.listening import listen
     from ..serving.logs import Log
-    from ..serving.server import serve
     from ..serving.sources import named_sources
 
     settings, sources = _settings(options, loading), named_sources(artifacts)
@@ -65,8 +65,21 @@ def run(artifacts: Sequence[Path | str], *, options: ServeOptions, loading: Load
     def announce(url: str) -> None:
         print(printable(f"Serving {', '.join(sources)} at {url}/v1; Ctrl-C stops the server."), flush=True)
 
+    # Clients that connect now wait until the server accepts connections.
+    log, listener = Log(), listen(settings)
+    # A search for pydantic's plugins reads a file of every installed package.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     with raise_on_interrupt():  # the server handles Ctrl-C itself
-        serve(sources, settings, Log(), announce)
+        with fast_start(next(iter(sources.values()))):
+            from ..serving.loading import early_load
+
+            early = early_load(sources, settings, log.message)
+            # The model is loaded meanwhile.
+            from ..serving.routes import import_chat
+            from ..serving.server import serve
+
+            import_chat()
+        serve(sources, settings, log, listener, early=early, on_start=announce)
     _end_threads()
     return 0
 

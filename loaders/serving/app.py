@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route, Router
-
 from ..artifact.frozen import Frozen
 from .access import check_host, check_key
 from .answers import Services
@@ -43,14 +40,14 @@ _CLOSED = 499
 def make_app(services: Services, log: Log) -> Any:
     """Return the ASGI application of a server."""
     paths = by_path()
-    routes = [
-        Route(path, endpoint=Endpoint(services=services, log=log, methods=methods))
-        for path, methods in paths.items()
-    ]
+    endpoints = {
+        path: Endpoint(services=services, log=log, methods=methods) for path, methods in paths.items()
+    }
     public = frozenset(path for path, methods in paths.items() if all(r.is_public for r in methods.values()))
-    router = Router(routes=routes, default=_unknown_path, redirect_slashes=False)
-    app: Any = Guarded(app=router, services=services, public=public)
+    app: Any = Guarded(app=Paths(endpoints), services=services, public=public)
     if origins := services.settings.cors_origins:
+        from starlette.middleware.cors import CORSMiddleware
+
         app = CORSMiddleware(
             app,
             allow_origins=origins,
@@ -59,6 +56,33 @@ def make_app(services: Services, log: Log) -> Any:
             expose_headers=("x-request-id", "retry-after"),
         )
     return Observed(app, services, log)
+
+
+class Paths:
+    """The ASGI application that passes each request to the endpoint of its path.
+
+    Args:
+        endpoints: the endpoint of each path. A variable in braces stands for one part of a path.
+    """
+
+    def __init__(self, endpoints: Mapping[str, "Endpoint"]) -> None:
+        self._endpoints = endpoints
+        patterns = {path: re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(path)) for path in endpoints}
+        self._patterns = [
+            (re.compile(pattern), endpoints[path]) for path, pattern in patterns.items() if "{" in path
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        path = scope["path"]
+        if (endpoint := self._endpoints.get(path)) is not None and "{" not in path:
+            await endpoint({**scope, "path_params": {}}, receive, send)
+            return
+        for pattern, endpoint in self._patterns:
+            if (match := pattern.fullmatch(path)) is not None:
+                await endpoint({**scope, "path_params": match.groupdict()}, receive, send)
+                return
+        await _unknown_path(scope, receive, send)
 
 
 class Endpoint(Frozen):
@@ -88,7 +112,7 @@ class Endpoint(Frozen):
             return
         body = b""
         try:
-            if route.schema is not None:
+            if route.body is not None:
                 most, arriving = self.services.settings.max_body, self.services.arriving
                 body = await read_body(request.headers, receive, most, arriving)
             request.path_params.update(scope["path_params"])

@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from .reply_schemas import ERRORS, REPLIES
 from .route import ApiRoute
+from .schema import built
 
 _JSON = "application/json"
 _REF = "#/components/schemas/{model}"
@@ -23,7 +24,7 @@ _STYLE = (
 
 def openapi(routes: Sequence[ApiRoute]) -> dict[str, Any]:
     """Return the OpenAPI description of routes."""
-    schemas = [route.schema for route in routes if route.schema is not None]
+    schemas = [built(schema) for route in routes if (schema := route.schema) is not None]
     names, definitions = models_json_schema([(schema, "validation") for schema in schemas], ref_template=_REF)
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
@@ -92,9 +93,9 @@ def page(routes: Sequence[ApiRoute]) -> str:
 
 def _section(route: ApiRoute, schemas: Mapping[str, Any]) -> str:
     head = f"<h2><code>{route.method} {escape(route.path)}</code></h2><p>{escape(route.summary)}</p>"
-    if route.schema is None:
+    if (schema := route.schema) is None:
         return head
-    rows = "".join(_rows(route.schema.model_json_schema(ref_template=_REF)))
+    rows = "".join(_rows(schema.model_json_schema(ref_template=_REF)))
     table = f"<table><tr><th>parameter</th><th>type</th><th>required</th></tr>{rows}</table>"
     return f"{head}<details><summary>Parameters</summary>{table}</details>"
 

@@ -1,11 +1,12 @@
 """Errors of requests, and their format in each API."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, Any
 
 from ..artifact.errors import printable
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _OPENAI_TYPES: Mapping[int, str] = {
     401: "authentication_error",
@@ -87,7 +88,7 @@ def anthropic_error(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
-def invalid(error: ValidationError) -> ApiError:
+def invalid(error: "ValidationError") -> ApiError:
     """Return the error for a body that does not fit its schema; it names the first fault."""
     if (count := error.error_count()) > _MOST_FAULTS:
         text = f"The body must have at most {_MOST_FAULTS} unknown or invalid parameters, found {count:,}."

@@ -3,22 +3,15 @@
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..artifact.compat import choose_target
 from ..artifact.errors import PrecastError
 from ..artifact.units import size_text
-from ..audit.replayed import replay_once
-from ..generation.scheduler import Scheduler
-from ..load import load
-from ..locate import find_artifact, read_manifest
-from ..runtime.installed import this_machine
-from ..runtime.limits import need
 from .errors import ApiError
+from .loading import EarlyLoad, Log, load_verified, measure
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -27,7 +20,6 @@ if TYPE_CHECKING:
 # Slots that are assumed until a model is loaded.
 _SLOTS = 8
 _RETRY_S = 1
-_Log = Callable[[str], None]
 
 
 class Lease:
@@ -89,11 +81,18 @@ class Pool:
         sources: folder or URL of each model, by name.
         settings: the server's settings.
         log: receives messages.
+        early: the load of the only model, which has begun already; None without one.
     """
 
-    def __init__(self, sources: Mapping[str, Path | str], settings: ServeSettings, log: _Log) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Path | str],
+        settings: ServeSettings,
+        log: Log,
+        early: EarlyLoad | None = None,
+    ) -> None:
         self.entries = {name: Entry(name, source) for name, source in sources.items()}
-        self._settings, self._log = settings, log
+        self._settings, self._log, self._early = settings, log, early
         self._lock = asyncio.Lock()  # for loads, which take turns
         self._changed = asyncio.Event()  # set whenever a lease ends
         self._is_preloaded = False
@@ -188,18 +187,13 @@ class Pool:
 
     async def _load(self, entry: Entry) -> None:
         try:
-            # Outside the lock, because a store that hangs must not block the other models.
-            root, size = await asyncio.to_thread(_measure, entry.source, self._settings, self._log)
-            async with self._lock:
-                if entry.model is None:
-                    await self._make_room(entry, size)
-                    began = time.monotonic()
-                    work = partial(load_verified, root, self._settings, self._log)
-                    entry.model = await asyncio.to_thread(work)
-                    entry.problem, entry.loaded_at = None, time.monotonic()
-                    entry.last_used = entry.loaded_at
-                    self._log(f"{entry.name}: loaded and verified in {entry.loaded_at - began:.1f} s")
+            if (early := self._early) is not None:
+                self._early = None  # a later load starts anew
+                entry.model, entry.bytes = await asyncio.to_thread(early.result)
+                self._note_load(entry, early.began)
                 entry.grant()
+            else:
+                await self._load_now(entry)
         except ApiError:
             raise
         except Exception as error:
@@ -216,6 +210,22 @@ class Pool:
             entry.loading = None
             if entry.model is None:
                 entry.bytes = 0
+
+    async def _load_now(self, entry: Entry) -> None:
+        # Outside the lock, because a store that hangs must not block the other models.
+        root, size = await asyncio.to_thread(measure, entry.source, self._settings, self._log)
+        async with self._lock:
+            if entry.model is None:
+                await self._make_room(entry, size)
+                began = time.monotonic()
+                entry.model = await asyncio.to_thread(load_verified, root, self._settings, self._log)
+                self._note_load(entry, began)
+            entry.grant()
+
+    def _note_load(self, entry: Entry, began: float) -> None:
+        entry.problem, entry.loaded_at = None, time.monotonic()
+        entry.last_used = entry.loaded_at
+        self._log(f"{entry.name}: loaded and verified in {entry.loaded_at - began:.1f} s")
 
     async def _make_room(self, entry: Entry, size: int) -> None:
         """Unload models until another one fits, and reserve its memory.
@@ -257,38 +267,3 @@ class Pool:
         self._log(f"{entry.name}: unloaded")
         entry.model, entry.bytes, entry.gives_way = None, 0, False
         gc.collect()  # models are in reference cycles, and hold gigabytes
-
-
-def _measure(source: Path | str, settings: ServeSettings, log: _Log) -> tuple[Path, int]:
-    """Return an artifact's folder, after pulling it from a URL if needed, and the memory that the model may take."""
-    if isinstance(source, str):
-        from ..store.pull import fetch
-
-        source = fetch(source, require_signature=settings.signature, log=log)
-    root = find_artifact(source)
-    manifest = read_manifest(root, require_signature=settings.signature)
-    machine = this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
-    given = settings.loading or {}
-    target = choose_target(
-        manifest,
-        machine,
-        str(root),
-        name=given.get("target"),
-        allow_compile=given.get("allow_compile", False),
-    )
-    needed = need(manifest, target)
-    return root, needed.all + needed.idle
-
-
-def load_verified(root: Path, settings: ServeSettings, log: _Log) -> "Model":
-    """Load an artifact, and replay its golden answers if that has not been done on this machine.
-
-    Raises:
-        PrecastError: the artifact does not load, or an answer differs.
-    """
-    given = settings.loading or {}
-    model = load(root, **given, log=log)
-    replay_once(model, root, again=given.get("rehash", False))
-    # One KV cache: the scheduler queues the answers beyond its slots.
-    model.scheduler = Scheduler(model.engine, caches=1, prefixes=model.prefixes)
-    return model

@@ -3,17 +3,13 @@
 import asyncio
 from collections.abc import Mapping
 from functools import cache, partial
+from importlib import import_module
 
-from . import description, page, status, tokens
+from . import page, status
 from .answers import Services
-from .anthropic import messages
-from .anthropic.schemas import CountRequest, MessagesRequest
-from .openai import chat, completions, models, responses
-from .openai.response_schemas import ResponseRequest
-from .openai.schemas import ChatRequest, CompletionRequest
+from .openai import models
 from .requests import Reply, Request, json_reply
-from .route import ApiRoute, Handler
-from .schema import Schema
+from .route import ApiRoute, Deferred, Handler
 
 _PAGE = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
 
@@ -30,12 +26,16 @@ async def _docs(services: Services, request: Request, body: bytes) -> Reply:
 
 @cache
 def _openapi_reply() -> Reply:
-    return json_reply(description.openapi(ROUTES))
+    from .description import openapi
+
+    return json_reply(openapi(ROUTES))
 
 
 @cache
 def _docs_reply() -> Reply:
-    text = description.page(ROUTES)
+    from .description import page as described
+
+    text = described(ROUTES)
     return Reply(body=text.encode(), media_type="text/html; charset=utf-8", headers=_PAGE)
 
 
@@ -60,54 +60,64 @@ def _get(
 
 
 def _post(
-    path: str, handler: Handler, schema: type[Schema], summary: str, *, reply: str, api: str = "openai"
+    path: str, module: str, function: str, schema: str, summary: str, *, reply: str, api: str = "openai"
 ) -> ApiRoute:
     return ApiRoute(
-        method="POST", path=path, handler=handler, summary=summary, api=api, schema=schema, reply=reply
+        method="POST",
+        path=path,
+        handler=Deferred(module=module, name=function),
+        summary=summary,
+        api=api,
+        body=Deferred(module=module, name=schema),
+        reply=reply,
     )
 
 
 ROUTES = (
-    _post("/v1/chat/completions", chat.chat, ChatRequest, "Answer a chat.", reply="chat_reply"),
+    _post("/v1/chat/completions", "openai.chat", "chat", "ChatRequest", "Answer a chat.", reply="chat_reply"),
     _post(
         "/v1/completions",
-        completions.completions,
-        CompletionRequest,
+        "openai.completions",
+        "completions",
+        "CompletionRequest",
         "Continue prompts.",
         reply="completion_reply",
     ),
     _post(
         "/v1/responses",
-        responses.responses,
-        ResponseRequest,
+        "openai.responses",
+        "responses",
+        "ResponseRequest",
         "Answer a chat, or continue an earlier one.",
         reply="response_reply",
     ),
     _get(
         "/v1/responses/{response_id}",
-        responses.show_response,
+        Deferred(module="openai.responses", name="show_response"),
         "Show an earlier response.",
         reply="response_reply",
     ),
     ApiRoute(
         method="DELETE",
         path="/v1/responses/{response_id}",
-        handler=responses.delete_response,
+        handler=Deferred(module="openai.responses", name="delete_response"),
         summary="Forget an earlier response.",
         reply="deletion_reply",
     ),
     _post(
         "/v1/messages",
-        messages.messages,
-        MessagesRequest,
+        "anthropic.messages",
+        "messages",
+        "MessagesRequest",
         "Answer a chat.",
         api="anthropic",
         reply="message_reply",
     ),
     _post(
         "/v1/messages/count_tokens",
-        messages.count_tokens,
-        CountRequest,
+        "anthropic.messages",
+        "count_tokens",
+        "CountRequest",
         "Count the tokens of a chat.",
         api="anthropic",
         reply="count_reply",
@@ -116,15 +126,17 @@ ROUTES = (
     _get("/v1/models/{model}", models.show_model, "Show a model.", reply="model_reply"),
     _post(
         "/tokenize",
-        tokens.tokenize,
-        tokens.TokenizeRequest,
+        "tokens",
+        "tokenize",
+        "TokenizeRequest",
         "Return the tokens of a text or of a chat.",
         reply="tokenize_reply",
     ),
     _post(
         "/detokenize",
-        tokens.detokenize,
-        tokens.DetokenizeRequest,
+        "tokens",
+        "detokenize",
+        "DetokenizeRequest",
         "Return the text of tokens.",
         reply="detokenize_reply",
     ),
@@ -160,3 +172,16 @@ def by_path(routes: tuple[ApiRoute, ...] = ROUTES + PAGE_ROUTES) -> Mapping[str,
     for route in routes:
         found.setdefault(route.path, {})[route.method] = route
     return found
+
+
+def import_chat() -> None:
+    """Import the modules of ``/v1/chat/completions``, the most frequent request."""
+    import_module(".openai.chat", __package__)
+
+
+def import_others() -> None:
+    """Import the modules that other requests need, so that their first requests need not wait for it."""
+    handlers = (route.handler for route in ROUTES)
+    modules = dict.fromkeys(handler.module for handler in handlers if isinstance(handler, Deferred))
+    for module in (*modules, "prometheus"):
+        import_module(f".{module}", __package__)

@@ -3,6 +3,7 @@
 import json
 import re
 from math import isfinite
+from threading import Lock
 from typing import Annotated, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, ValidationError
@@ -13,6 +14,8 @@ _Schema = TypeVar("_Schema", bound="Schema")
 _Item = TypeVar("_Item")
 # Every number that is not finite, and few others: NaN, Infinity, and numbers that may exceed the largest float.
 _SUSPECT = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}|[0-9]{200}")
+
+_BUILDING = Lock()
 
 
 class _FailFast(FailFast):
@@ -38,7 +41,15 @@ Off = Annotated[Literal[False], BeforeValidator(_refuse_number)]
 class Schema(BaseModel):
     """A JSON object of a request. Null is the same as a missing key, as in OpenAI's API."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, defer_build=True)
+
+
+def built(schema: type[_Schema]) -> type[_Schema]:
+    """Return a schema after building its validator, which would take milliseconds for each schema at the start."""
+    if not schema.__pydantic_complete__:
+        with _BUILDING:  # pydantic removes parts of the class while it builds
+            schema.model_rebuild()
+    return schema
 
 
 def parse(schema: type[_Schema], body: bytes) -> _Schema:
@@ -48,7 +59,7 @@ def parse(schema: type[_Schema], body: bytes) -> _Schema:
         ApiError: the body is not JSON, does not fit the schema, or contains a number that is not finite.
     """
     try:
-        found = schema.model_validate_json(body)
+        found = built(schema).model_validate_json(body)
     except ValidationError as error:
         raise invalid(error) from None
     # pydantic accepts such numbers where a schema allows any value.

@@ -7,15 +7,17 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import current_thread, main_thread
 
 import uvicorn
 
-from ..artifact.errors import PrecastError
 from .access import is_local
 from .answers import Services
 from .app import make_app
+from .listening import BACKLOG
+from .loading import EarlyLoad
 from .logs import Log, LogHandler
 from .metrics import Metrics
 from .openai.response_store import ResponseStore
@@ -23,6 +25,7 @@ from .pool import Pool
 from .preparing import Preparing
 from .protocol import Protocol
 from .requests import Arriving
+from .routes import import_others
 from .settings import ServeSettings
 
 # Requests in preparation, besides those that the queues of the models hold.
@@ -31,15 +34,19 @@ _PREPARING = 64
 _ARRIVING = 32
 # Threads besides one for each model, which computes: for loading models and for closing streams.
 _SPARE_THREADS = 8
+# Seconds from the load of the only model to the import of modules that its first answer does not need.
+_REST_S = 2.0
 # Maximum size of a request's headers, in bytes.
 _MOST_HEADERS = 32 << 10
-_BACKLOG = 512
 
 
 def serve(
     sources: Mapping[str, Path | str],
     settings: ServeSettings,
     log: Log,
+    listener: socket.socket,
+    *,
+    early: EarlyLoad | None = None,
     on_start: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve models until SIGTERM or SIGINT.
@@ -48,12 +55,10 @@ def serve(
         sources: folder or URL of each model, by name.
         settings: the settings.
         log: receives a line for each request, and messages.
-        on_start: a function that is called with the server's URL once it listens.
-
-    Raises:
-        PrecastError: the server cannot listen on its address.
+        listener: the socket on which the server listens; closed at the end.
+        early: the load of the only model, which has begun already; None without one.
+        on_start: a function that is called with the server's URL once it accepts connections.
     """
-    listener = _listen(settings)
     host, port = listener.getsockname()[:2]
     with listener, _logging(log):
         if not (is_local(str(host)) or settings.api_keys):
@@ -61,7 +66,8 @@ def serve(
                 f"Listening on {host} without API keys: everybody who reaches this address may use the server."
             )
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        asyncio.run(_serve(sources, settings, log, listener, lambda: on_start(url)))
+        pool = partial(Pool, sources, settings, log.message, early)
+        asyncio.run(_serve(pool, settings, log, listener, lambda: on_start(url)))
 
 
 class _Threads(ThreadPoolExecutor):
@@ -73,16 +79,16 @@ class _Threads(ThreadPoolExecutor):
 
 
 async def _serve(
-    sources: Mapping[str, Path | str],
+    make_pool: Callable[[], Pool],
     settings: ServeSettings,
     log: Log,
     listener: socket.socket,
     on_start: Callable[[], None],
 ) -> None:
-    computing = _Threads(len(sources) + _SPARE_THREADS, "precast-compute")
-    asyncio.get_running_loop().set_default_executor(computing)
-    pool = Pool(sources, settings, log.message)
-    preparing = Preparing(_PREPARING + settings.max_queue * len(sources))
+    pool = make_pool()
+    models = len(pool.entries)
+    asyncio.get_running_loop().set_default_executor(_Threads(models + _SPARE_THREADS, "precast-compute"))
+    preparing = Preparing(_PREPARING + settings.max_queue * models)
     services = Services(
         settings=settings,
         pool=pool,
@@ -93,13 +99,20 @@ async def _serve(
         address=str(listener.getsockname()[0]),
     )
     server = _Server(_config(services, log), on_start)
-    tasks = [asyncio.create_task(work) for work in (pool.preload(), pool.unload_idle())]
+    tasks = [asyncio.create_task(work) for work in (_prepare(pool), pool.unload_idle())]
     try:
         await server.serve(sockets=[listener])
     finally:
         for task in tasks:
             task.cancel()
         preparing.close()
+
+
+async def _prepare(pool: Pool) -> None:
+    """Load the only model, and import the remaining modules later, when the first answer needs no core."""
+    await pool.preload()
+    await asyncio.sleep(_REST_S)
+    await asyncio.to_thread(import_others)
 
 
 def _config(services: Services, log: Log) -> uvicorn.Config:
@@ -112,7 +125,7 @@ def _config(services: Services, log: Log) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         server_header=False,
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         h11_max_incomplete_event_size=_MOST_HEADERS,
         timeout_graceful_shutdown=services.settings.drain_timeout,
     )
@@ -149,33 +162,6 @@ class _Server(uvicorn.Server):
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
-
-
-def _listen(settings: ServeSettings) -> socket.socket:
-    """Return a socket that is bound to the server's address.
-
-    Raises:
-        PrecastError: the address does not exist, or is in use.
-    """
-    where = f"{settings.host}:{settings.port}"
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise PrecastError(
-            f"{where}: expected an address of this machine ({error.strerror}); check --host."
-        ) from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise PrecastError(
-            f"{where}: cannot listen there ({error.strerror}); choose another --port."
-        ) from None
-    return listener
 
 
 @contextmanager

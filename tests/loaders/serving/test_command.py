@@ -1,15 +1,22 @@
 """Errors of the command precast serve before it serves: options, missing packages, and the address."""
 
+import asyncio
 import importlib.util
+import json
 import socket
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from precast import cli
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.serving.logs import Log
-from precast.loaders.serving.server import serve
+from precast.loaders.serving.app import Paths
+from precast.loaders.serving.listening import listen
+from precast.loaders.serving.route import Deferred
+from precast.loaders.serving.routes import ROUTES
 from precast.loaders.serving.settings import ServeSettings
 
 
@@ -54,10 +61,74 @@ def test_an_address_in_use_or_of_another_machine() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(PrecastError) as caught:
-            serve({}, ServeSettings(port=port), Log())
+            listen(ServeSettings(port=port))
         assert (
             str(caught.value)
             == f"127.0.0.1:{port}: cannot listen there (Address already in use); choose another --port."
         )
     with pytest.raises(PrecastError, match=r"^192\.0\.2\.1:8000: cannot listen there"):
-        serve({}, ServeSettings(host="192.0.2.1"), Log())
+        listen(ServeSettings(host="192.0.2.1"))
+
+
+LOADED = """
+import json, os, sys
+from precast import cli
+from precast.loaders.serving.logs import Log
+def message(self, text):
+    if "loaded and verified" in text:
+        print(json.dumps(sorted(sys.modules)), flush=True)
+        os._exit(0)
+Log.message = message
+cli.main(["serve", "--port", "0", sys.argv[1]])
+"""
+# The modules that the first request for a chat does not need, in the server and in other packages.
+DEFERRED = {
+    *(
+        "anthropic.messages",
+        "anthropic.schemas",
+        "description",
+        "openai.completions",
+        "openai.response_schemas",
+    ),
+    *("openai.responses", "prometheus", "reply_schemas", "tokens"),
+}
+FOREIGN = {"fsspec", "http.server", "httpx", "jax", "jinja2.debug", "prometheus_client", "rich", "starlette"}
+
+
+def test_modules_that_the_start_defers(tiny_artifact) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", LOADED, str(tiny_artifact)], capture_output=True, text=True, check=True
+    )
+    modules = set(json.loads(found.stdout.splitlines()[-1]))
+    prefix = "precast.loaders.serving."
+    assert {f"{prefix}openai.chat", f"{prefix}schema"} <= modules
+    assert not {prefix + name for name in DEFERRED} & modules
+    assert not FOREIGN & modules
+
+
+def test_the_deferred_modules_exist() -> None:
+    assert all(importlib.util.find_spec(f"precast.loaders.serving.{name}") for name in DEFERRED)
+
+
+def test_all_handlers_and_schemas_exist() -> None:
+    """The routes name them as texts."""
+    assert all(callable(r.handler.get()) for r in ROUTES if isinstance(r.handler, Deferred))
+    assert sum(r.schema is not None and "model" in r.schema.model_fields for r in ROUTES) == 7
+
+
+def test_paths_with_variables() -> None:
+    async def reached(path: str) -> Any:
+        seen: list[Any] = []
+
+        async def endpoint(scope: Any, receive: Any, send: Any) -> None:
+            seen.append(scope["path_params"])
+
+        async def send(message: Any) -> None:
+            seen.append(message.get("status"))
+
+        await Paths({"/a": endpoint, "/a.b/{name}": endpoint})({"path": path}, None, send)
+        return seen[0]
+
+    expected = {"/a": {}, "/a.b/x y": {"name": "x y"}, "/a.b/": 404, "/a.b/x/y": 404, "/axb/x": 404}
+    expected |= {"/a.b/{name}": {"name": "{name}"}, "/a/": 404, "/a.b/x\n": {"name": "x\n"}}
+    assert {path: asyncio.run(reached(path)) for path in expected} == expected

@@ -208,8 +208,8 @@ def test_a_client_that_does_not_read_the_last_message() -> None:
 HANGING = """
 import sys, threading
 from precast import cli
-from precast.loaders.serving import pool
-pool.load_verified = lambda *_: threading.Event().wait()
+from precast.loaders.serving import loading
+loading.load_verified = lambda *_: threading.Event().wait()
 cli.main(["serve", "--port", "0", "--drain-timeout", "0.1", sys.argv[1]])
 """
 

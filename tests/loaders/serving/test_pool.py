@@ -16,7 +16,8 @@ import pytest
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.serving.errors import ApiError
-from precast.loaders.serving.pool import Pool, _measure
+from precast.loaders.serving.loading import early_load, measure
+from precast.loaders.serving.pool import Pool
 from precast.loaders.serving.settings import ServeSettings
 from precast.loaders.serving.sources import named_sources
 
@@ -60,7 +61,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 def size_of(root: Path) -> int:
     """Return the memory that a model is estimated to need."""
-    return _measure(root, ServeSettings(), LOG.append)[1]
+    return measure(root, ServeSettings(), LOG.append)[1]
 
 
 def test_a_model_is_loaded_once_for_many_requests(folders) -> None:
@@ -259,12 +260,12 @@ def test_any_error_of_a_load(folders, monkeypatch) -> None:
 def test_a_store_that_hangs_blocks_only_its_model(folders, monkeypatch) -> None:
     release = threading.Event()
 
-    def measure(source: Path, *rest: Any) -> Any:
+    def hanging_measure(source: Path, *rest: Any) -> Any:
         if source.name == "a":
             release.wait(60)
-        return _measure(source, *rest)
+        return measure(source, *rest)
 
-    monkeypatch.setattr("precast.loaders.serving.pool._measure", measure)
+    monkeypatch.setattr("precast.loaders.serving.pool.measure", hanging_measure)
 
     async def work(pool: Pool) -> str:
         hanging = asyncio.create_task(use(pool, "a"))
@@ -355,3 +356,48 @@ def test_names(folders, tmp_path) -> None:
         named_sources([root, root / "a"])
     with pytest.raises(PrecastError, match="does not exist"):
         named_sources([tmp_path / "nothing"])
+
+
+def test_a_load_that_began_before_the_server(folders, monkeypatch) -> None:
+    """The pool takes the model of that load, and loads it anew after a failure or an unloading."""
+    settings = ServeSettings(idle_unload=0.1)
+    sources = {"a": folders["a"]}
+    good = early_load(sources, settings, LOG.append)
+    with monkeypatch.context() as patch:
+        patch.setattr("precast.loaders.serving.loading.measure", lambda *_: 1 / 0)
+        bad = early_load(sources, settings, LOG.append)
+        assert good is not None
+        assert bad is not None
+        bad.join()
+
+    async def main() -> None:
+        pool = Pool(sources, settings, LOG.append, good)
+        await pool.preload()
+        entry = pool.entries["a"]
+        assert entry.model is not None
+        assert entry.bytes == measure(folders["a"], settings, LOG.append)[1]
+        engine = weakref.ref(entry.model.engine)
+        pool._unload(entry)
+        await asyncio.sleep(0.1)  # the event loop forgets the load
+        gc.collect()
+        assert engine() is None
+        await use(pool, "a")
+        assert loaded(pool) == "a"
+
+        pool = Pool(sources, settings, LOG.append, bad)
+        await pool.preload()
+        assert "could not be loaded" in str(pool.obstacle)
+        await use(pool, "a")
+        assert pool.obstacle is None
+
+    asyncio.run(main())
+    assert "a: ZeroDivisionError('division by zero')" in LOG
+
+
+def test_loads_that_wait_for_the_server(folders) -> None:
+    """Several models, a URL, and a model under a limit of memory are loaded by the pool."""
+    several = {name: folders[name] for name in "ab"}
+    assert early_load(several, ServeSettings(), LOG.append) is None
+    assert early_load({"a": "s3://bucket/a"}, ServeSettings(), LOG.append) is None
+    assert early_load({"a": folders["a"]}, ServeSettings(memory=10**12), LOG.append) is None
+    assert early_load({}, ServeSettings(), LOG.append) is None
