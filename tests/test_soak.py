@@ -30,10 +30,10 @@ def test_a_mixed_load(python, export_tiny, tiny_source, count):
 
 
 def _gigabytes(artifact: Path) -> float:
-    from precast.loaders.serving.pool import _measure
+    from precast.loaders.serving.loading import measure
     from precast.loaders.serving.settings import ServeSettings
 
-    return _measure(artifact, ServeSettings(), lambda _: None)[1] / 1e9
+    return measure(artifact, ServeSettings(), lambda _: None)[1] / 1e9
 
 
 def chat(text: str) -> bytes:
