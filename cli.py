@@ -46,7 +46,12 @@ def main() -> None:
 
 @main.command()
 @click.argument("source", required=False)
-@click.option("-o", "--output", type=options.PATH, help="Folder to write. Default: artifacts/NAME-WEIGHTS.")
+@click.option(
+    "-o",
+    "--output",
+    type=options.PATH,
+    help="Folder to write. Default: artifacts/NAME-WEIGHTS, or artifacts/NAME-mixed with --bits.",
+)
 @click.option(
     "--buckets",
     callback=options.numbers,
@@ -66,9 +71,8 @@ def main() -> None:
 )
 @click.option(
     "--weights",
-    default="int8",
-    show_default=True,
-    help="Format of the weights: float32, bfloat16, int8 or int4, or source for the checkpoint's own format.",
+    help="Format of the weights: float32, bfloat16, int8 or int4, or source for the checkpoint's own format."
+    " Default: int8.",
 )
 @click.option(
     "--kv-cache",
@@ -94,7 +98,7 @@ def main() -> None:
     type=float,
     metavar="BITS",
     help="Choose a format of 4 to 8 bits for each matrix, so that weights have at most BITS bits on average (for"
-    " example 5.5) and the model loses as little accuracy as possible. The choice takes minutes. Replaces --weights.",
+    " example 5.5) and the model loses as little accuracy as possible. The choice takes minutes. Excludes --weights.",
 )
 @click.option(
     "--calibrate",
@@ -110,7 +114,7 @@ def export(
     buckets: tuple[int, ...] | None,
     context: int | None,
     slots: int | None,
-    weights: str,
+    weights: str | None,
     kv_cache: str | None,
     targets: tuple[str, ...],
     cpu_isas: tuple[str, ...],

@@ -52,7 +52,7 @@ def run(spec: str | None, output: Path | None, options: ExportOptions) -> int:
 
     log(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}")
     source = open_source(spec)
-    path = output or Path("artifacts") / f"{source.name}-{options.weights}"
+    path = output or Path("artifacts") / f"{source.name}-{options.weight_format}"
     built: list[BuiltProgram] = []
     with on_interrupt(partial(_show_cursor, console)), _shown(console) as show:
         progress = partial(_report, console, built, show)

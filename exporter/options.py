@@ -9,14 +9,17 @@ from precast.loaders.compiling import isa
 
 from .models.registry import ModelSpec
 from .programs import CACHE_TYPES, Geometry, cache_arrays
-from .quantize import WEIGHTS
+from .quantize import MIXED, WEIGHTS
 from .targets import savedmodel
 from .targets.kinds import DEFAULT_TARGETS, TARGET_KINDS
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_BUCKETS = (64, 128, 512)
 DEFAULT_SLOTS = 8
+DEFAULT_WEIGHTS = "int8"
 _MOST_SLOTS = 256
+# A prompt of one token, and one generated token.
+_LEAST_CONTEXT = 2
 # The limits of a budget, in bits per weight. The smallest format takes 4.25 bits; the largest takes 8.5 bits, to which
 # the float32 norms add less than 0.5.
 _BITS = (4.25, 9.0)
@@ -39,14 +42,15 @@ class ExportOptions:
         slots: B, sequences decoded together. If there is a target other than cpu and portable, None means 1, because
             idle slots of such a target take memory or time. Otherwise, None means `DEFAULT_SLOTS`, or fewer if the KV
             cache would be large.
-        weights: storage format of the weights, one of `WEIGHTS`.
+        weights: storage format of the weights, one of `WEIGHTS`. None means `MIXED` if `bits` is set, and otherwise
+            `DEFAULT_WEIGHTS`.
         kv_cache: type of the KV cache, one of `CACHE_TYPES`. None means float32 if the weights are float32, and
             otherwise bfloat16.
         targets: keys of `TARGET_KINDS`.
         cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or "native" for
             all features of this machine; None for `precast.loaders.compiling.isa.default_isa`.
         bits: maximum number of bits per weight, on average (`exporter.budget`); the export then chooses the format of
-            each matrix. None means the format `weights`.
+            each matrix. None means one format for all matrices.
         calibrate: text file for the calibration (`exporter.calibration`) of int4 weights or of a budget of bits. None
             means Python's own documentation if `bits` is set, and otherwise no calibration.
         overwrite: permission to replace an existing artifact.
@@ -55,13 +59,20 @@ class ExportOptions:
     buckets: tuple[int, ...] | None = None
     context: int | None = None
     slots: int | None = None
-    weights: str = "int8"
+    weights: str | None = None
     kv_cache: str | None = None
     targets: tuple[str, ...] = DEFAULT_TARGETS
     cpu_isas: tuple[str, ...] | None = None
     bits: float | None = None
     calibrate: Path | None = None
     overwrite: bool = False
+
+    @property
+    def weight_format(self) -> str:
+        """The storage format of the weights: one of `WEIGHTS`, or `MIXED` for a budget of bits."""
+        if self.bits is not None:
+            return MIXED
+        return DEFAULT_WEIGHTS if self.weights is None else self.weights
 
 
 DEFAULT_OPTIONS = ExportOptions()
@@ -73,23 +84,28 @@ def check_options(options: ExportOptions) -> None:
     Raises:
         PrecastError: an option has an invalid value; the message names the option.
     """
-    _check_choice("weights", options.weights, WEIGHTS)
+    if options.weights is not None:
+        _check_choice("weights", options.weights, WEIGHTS)
     if options.kv_cache is not None:
         _check_choice("kv-cache", options.kv_cache, CACHE_TYPES)
+    if options.context is not None and options.context < _LEAST_CONTEXT:
+        raise PrecastError(f"--context: expected {_LEAST_CONTEXT} or more, found {options.context}.")
     if options.slots is not None and not 1 <= options.slots <= _MOST_SLOTS:
         raise PrecastError(f"--slots: expected 1 to {_MOST_SLOTS}, found {options.slots}.")
     if options.bits is not None:
         _check_bits(options)
     elif options.calibrate is not None and options.weights != "int4":
+        found = "neither" if options.weights is None else f"--weights {options.weights}"
         raise PrecastError(
-            f"--calibrate: expected --weights int4 or --bits, found --weights {options.weights}; use one of them, or"
-            " leave out --calibrate."
+            f"--calibrate: expected --weights int4 or --bits, found {found}; use one of them, or leave out --calibrate."
         )
     _check_targets(options.targets)
     if options.cpu_isas is not None:
         _check_isas(options.cpu_isas, options.targets)
     if options.buckets is not None:
         _check_buckets(options.buckets)
+        if options.context is not None:
+            _check_reach(options.buckets, options.context)
 
 
 def choose_geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
@@ -101,19 +117,17 @@ def choose_geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
     check_options(options)
     limit = spec.config.max_positions
     context = min(DEFAULT_CONTEXT, limit) if options.context is None else options.context
-    if not 2 <= context <= limit:
-        raise PrecastError(f"--context: expected 2 to {limit} (the model's own limit), found {context}.")
+    if not _LEAST_CONTEXT <= context <= limit:
+        raise PrecastError(
+            f"--context: expected {_LEAST_CONTEXT} to {limit} (the model's own limit), found {context}."
+        )
     buckets = options.buckets
     if buckets is None:
         buckets = tuple(b for b in DEFAULT_BUCKETS if b <= context) or (context,)
-    for bucket in buckets:
-        if bucket > context:
-            raise PrecastError(
-                f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
-            )
+    _check_reach(buckets, context)
     # Weights of fewer bits than float32 lose more precision than a bfloat16 cache does. float32 weights mean that the
     # user wants full precision.
-    kv_cache = options.kv_cache or ("float32" if options.weights == "float32" else "bfloat16")
+    kv_cache = options.kv_cache or ("float32" if options.weight_format == "float32" else "bfloat16")
     one = Geometry(context=context, slots=1, buckets=tuple(sorted(buckets)), kv_cache=kv_cache)
     return replace(one, slots=options.slots or _default_slots(options, spec, one))
 
@@ -134,7 +148,7 @@ def _check_bits(options: ExportOptions) -> None:
     assert options.bits is not None
     if not least <= options.bits <= most:  # also for NaN
         raise PrecastError(f"--bits: expected {least:g} to {most:g}, found {options.bits:g}.")
-    if options.weights != DEFAULT_OPTIONS.weights:
+    if options.weights is not None:
         raise PrecastError(
             f"--bits: chooses the formats of all weights, but --weights is {options.weights}; leave out one of them."
         )
@@ -153,6 +167,15 @@ def _check_buckets(buckets: Sequence[int]) -> None:
             raise PrecastError(f"--buckets: expected prompt lengths of 1 or more, found {bucket}.")
         if buckets.count(bucket) > 1:
             raise PrecastError(f"--buckets: {bucket} is given twice; give each length once.")
+
+
+def _check_reach(buckets: Sequence[int], context: int) -> None:
+    """Refuse buckets that are longer than the context."""
+    for bucket in buckets:
+        if bucket > context:
+            raise PrecastError(
+                f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
+            )
 
 
 def _check_targets(targets: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from . import texts
 from .models.registry import ModelSpec, read_model
 from .options import ExportOptions, choose_geometry
 from .programs import Geometry, StoredModel, cache_arrays, stored_model
-from .quantize import MIXED, SOURCE
+from .quantize import SOURCE
 from .sources.base import Source
 from .targets.kinds import TARGET_KINDS
 from .weights import WeightPlan, plan_weights, widened_remark, with_source_formats
@@ -27,7 +27,7 @@ class ExportPlan:
 
     Attributes:
         source: the model to export.
-        weights: storage format of the weights, one of `WEIGHTS`, or `MIXED` for a budget of bits.
+        weights: storage format of the weights, see `ExportOptions.weight_format`.
         geometry: context, slots, buckets and type of the KV cache.
         stored: the model, adapted to the context, and the storage format of each of its parameters.
         weight_plan: the source tensors of each parameter.
@@ -60,8 +60,7 @@ def make_plan(source: Source, options: ExportOptions) -> ExportPlan:
     geometry = choose_geometry(options, spec)
     spec = spec.with_context(geometry.context)
     _check_memory(source.name, spec, geometry, options)
-    weights = options.weights if options.bits is None else MIXED
-    stored = stored_model(spec, weights)
+    stored = stored_model(spec, options.weight_format)
     weight_plan = plan_weights(spec.adapt(source), stored.parameters, tied=spec.config.tied_embeddings)
     stored = dataclasses.replace(stored, formats=with_source_formats(stored.formats, weight_plan))
     _check_tokenizer(source, spec.config.vocab)
@@ -75,7 +74,7 @@ def make_plan(source: Source, options: ExportOptions) -> ExportPlan:
     )
     return ExportPlan(
         source=source,
-        weights=weights,
+        weights=options.weight_format,
         geometry=geometry,
         stored=stored,
         weight_plan=weight_plan,

@@ -13,7 +13,7 @@ from precast.exporter.block_formats import BLOCK_FORMATS, BlockFormat
 from precast.exporter.calibration import calibrated_parameters, quantised_matrices, read_calibration_text
 from precast.exporter.models.parameters import abstract_model
 from precast.exporter.models.registry import read_model
-from precast.exporter.options import ExportOptions, check_options
+from precast.exporter.options import ExportOptions
 from precast.exporter.plan import make_plan
 from precast.exporter.quantize import INT4
 from precast.exporter.sources.base import QuantisedBlocks
@@ -203,16 +203,6 @@ def test_blocks_keep_their_values(tiny_source, export_tiny, decode_blocks, text:
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
-def test_other_formats_are_not_calibrated(weights: str) -> None:
-    with pytest.raises(PrecastError) as raised:
-        check_options(ExportOptions(weights=weights, calibrate=Path("a.txt")))
-    assert str(raised.value) == (
-        f"--calibrate: expected --weights int4 or --bits, found --weights {weights}; use one of them, or leave out"
-        " --calibrate."
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """The options of an export: defaults, and refusals before a model is read or a file is written."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from precast.exporter import console
 from precast.exporter.export import export
 from precast.exporter.models.registry import read_model
 from precast.exporter.options import ExportOptions, check_options, choose_geometry
 from precast.exporter.plan import _rope_remark
+from precast.exporter.programs import CACHE_TYPES
+from precast.exporter.quantize import WEIGHTS
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.compiling import isa
 from precast.loaders.generation.sampling_params import SamplingParams
@@ -118,6 +122,60 @@ def test_impossible_options_are_refused(export_refusal, tiny_source, options, te
     assert text in export_refusal(
         tiny_source(), ExportOptions(**{"buckets": (8,), "weights": "float32", **options})
     )
+
+
+# --- pairs of options ---------------------------------------------------------------------------------------
+
+# Option pairs on the command line, and the error about each pair; None for a pair that is allowed.
+BITS_AND = "--bits: chooses the formats of all weights, but --weights is {}; leave out one of them."
+NOT_CALIBRATED = (
+    "--calibrate: expected --weights int4 or --bits, found {}; use one of them, or leave out --calibrate."
+)
+NO_CPU = "--cpu-isa: applies only to the target cpu; add --target cpu."
+PAIRS: tuple[tuple[str, str | None], ...] = (
+    *((f"--bits 5 --weights {name}", BITS_AND.format(name)) for name in WEIGHTS),
+    *((f"--calibrate a.txt --weights {name}", NOT_CALIBRATED.format(f"--weights {name}"))
+      for name in WEIGHTS if name != "int4"),
+    ("--calibrate a.txt", NOT_CALIBRATED.format("neither")),
+    ("--calibrate a.txt --weights int4", None),
+    ("--calibrate a.txt --bits 5", None),
+    ("--cpu-isa native --target portable", NO_CPU),
+    ("--cpu-isa native --target portable --target cpu", None),
+    ("--cpu-isa native", None),
+    ("--buckets 8,33 --context 32", "--buckets: 33 is larger than the context of 32; leave it out or raise --context."),
+    ("--buckets 8,32 --context 32", None),
+    *((f"--bits 5 {other}", None) for other in (
+        "--kv-cache int8", "--kv-cache float32", "--target portable", "--slots 256", "--context 2", "--overwrite")),
+    *((f"--kv-cache {cache} --weights {name}", None) for cache in CACHE_TYPES for name in WEIGHTS),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "error"), PAIRS, ids=[pair for pair, _ in PAIRS])
+def test_contradictory_options_are_refused_before_a_model_is_read(arguments, error, cli, monkeypatch):
+    opened = []
+    monkeypatch.setattr(console, "open_source", lambda spec: opened.append(spec) or stop())
+    result = cli("export", "model", *arguments.split())
+    assert result.exit_code == 2
+    assert opened == ([] if error else ["model"])
+    assert (error or "no model") in " ".join(result.output.split())
+
+
+def stop():
+    raise PrecastError("no model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [("", "tiny-int8"), ("--weights int4", "tiny-int4"), ("--bits 5", "tiny-mixed")],
+)
+def test_the_default_folder_is_named_after_the_model_and_its_weights(
+    arguments, name, cli, monkeypatch, tiny_source
+):
+    outputs = []
+    monkeypatch.setattr(console, "open_source", lambda spec: tiny_source())
+    monkeypatch.setattr(console, "export", lambda source, path, *_, **__: outputs.append(path) or stop())
+    assert cli("export", *arguments.split()).exit_code == 2
+    assert outputs == [Path("artifacts") / name]
 
 
 # --- instruction sets ---------------------------------------------------------------------------------------
