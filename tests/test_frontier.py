@@ -170,6 +170,28 @@ def test_without_llama_cpps_tools_its_files_with_an_importance_matrix_are_left_o
     assert sum("imatrix" in name for name in found) == 5
 
 
+def test_tools_that_exist_are_built_again_only_by_name(modules, monkeypatch, capsys):
+    tools, built = modules["frontier"].llama_tools, []
+    monkeypatch.setattr(tools, "build", lambda names: built.append(list(names)))
+    monkeypatch.setattr(tools, "find", lambda name: None if name == "llama-imatrix" else f"/bin/{name}")
+    tools.main([])
+    tools.main(["llama-server"])
+    assert built == [["llama-imatrix"], ["llama-server"]]
+    monkeypatch.setattr(tools, "find", lambda name: f"/bin/{name}")
+    tools.main([])
+    assert len(built) == 2
+    assert capsys.readouterr().out == "llama-quantize, llama-imatrix, llama-server exist already\n"
+    with pytest.raises(SystemExit, match=r"expected llama-quantize, .*, found llama-bench"):
+        tools.main(["llama-bench"])
+
+
+def test_without_cmake_the_remedy_is_named(modules, monkeypatch):
+    tools = modules["frontier"].llama_tools
+    monkeypatch.setattr(tools, "find", lambda name: None)
+    with pytest.raises(SystemExit, match=r"cmake is missing; install it: .* -m pip install cmake"):
+        tools.build(tools.NAMES)
+
+
 def _point(engine, label, bits, kl):
     return {"engine": engine, "label": label, "bits": bits, "kl_mean": kl, "kl_p99": kl, "top1": 0.9}
 

@@ -1,6 +1,9 @@
 """llama.cpp's tools llama-quantize, llama-imatrix and llama-server, which its Python package lacks.
 
-    .venv-bench/bin/python benchmarks/peers/llama_tools.py [NAME …]    # builds them: about ten minutes on 2 cores
+    .venv-bench/bin/python benchmarks/peers/llama_tools.py            # builds those that are missing
+    .venv-bench/bin/python benchmarks/peers/llama_tools.py NAME …     # builds these, even if they exist
+
+All three take about ten minutes on 2 cores.
 
 They are built from the source package of the installed llama-cpp-python, so that the tools and the measured library are
 of one version, and put beside the interpreter. Like the library, they are compiled for this machine's processor.
@@ -46,7 +49,9 @@ def missing() -> list[str]:
 
 def build(names: Sequence[str]) -> None:
     """Fetch the source of the installed version, build tools, and copy them beside the interpreter."""
-    cmake = find("cmake") or "cmake"
+    cmake = find("cmake")
+    if cmake is None:
+        raise SystemExit(f"cmake is missing; install it: {sys.executable} -m pip install cmake")
     package = f"llama-cpp-python=={version('llama-cpp-python')}"
     with tempfile.TemporaryDirectory(prefix="llama-tools-") as folder:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", folder]
@@ -63,7 +68,15 @@ def build(names: Sequence[str]) -> None:
             shutil.copy2(built / "bin" / name, _BIN / name)
 
 
+def main(arguments: Sequence[str]) -> None:
+    known = (*NAMES, SERVER)
+    if unknown := sorted(set(arguments) - set(known)):
+        raise SystemExit(f"expected {', '.join(known)}, found {', '.join(unknown)}")
+    if names := arguments or [name for name in known if find(name) is None]:
+        build(names)
+    else:
+        print(f"{', '.join(known)} exist already")
+
+
 if __name__ == "__main__":
-    if unknown := set(sys.argv[1:]) - {*NAMES, SERVER}:
-        raise SystemExit(f"expected {', '.join((*NAMES, SERVER))}, found {', '.join(sorted(unknown))}")
-    build(sys.argv[1:] or (*NAMES, SERVER))
+    main(sys.argv[1:])
