@@ -121,8 +121,10 @@ def fit(
 
 def fit_factors(block_format: BlockFormat, block: np.ndarray, importance: np.ndarray) -> Coefficients:
     """Return the factors of the super-groups, which are the first coefficients; empty for formats without them."""
-    count = {Scales.SUPER: 2, Scales.SUPER_OF_16: 1, Scales.SUPER_SIGNED: 1}.get(block_format.scales, 0)
-    return fit(block_format, block, importance)[:count] if count else ()
+    if block_format.scales not in (Scales.SUPER, Scales.SUPER_OF_16, Scales.SUPER_SIGNED):
+        return ()
+    x, weight = _columns(block_format, block, importance)
+    return tuple(_search_factors(block_format, x, weight, len(block))[0])
 
 
 def effective(block_format: BlockFormat, coefficients: Coefficients) -> tuple[np.ndarray, np.ndarray | None]:
@@ -234,21 +236,42 @@ def _fit_super(
     block_format: BlockFormat, x: np.ndarray, weight: np.ndarray | None, rows: int, given: Coefficients | None
 ) -> Coefficients:
     """Return the coefficients for columns from `_columns`, in a format with super-groups; keep factors if given."""
-    scale, minimum = _fit_groups(block_format, x, weight)
-    wanted = [scale.reshape(rows, -1)]
-    if minimum is not None:
-        # The format has no positive minimum. The range of a group of positive weights therefore begins at 0.
-        highest = np.float32(grid(block_format).highest)
-        wanted = [np.where(minimum > 0, x.max(0) / highest, scale).reshape(rows, -1)]
-        wanted.append(np.maximum(-minimum, 0).reshape(rows, -1))
-    factors = [_factors(block_format, part) for part in wanted] if given is None else list(given)
-    codes = [_codes(block_format, part, factor) for part, factor in zip(wanted, factors, strict=True)]
-    for _ in range(0 if given else _REFITS):
-        codes, q = best_codes(block_format, x, weight, factors, codes)
-        factors = _refit(block_format, x, weight, factors, codes, q)
-    codes, _ = best_codes(block_format, x, weight, factors, codes)
+    if given is None:
+        factors, codes = _search_factors(block_format, x, weight, rows)
+    else:
+        factors = list(given)
+        wanted = _wanted(block_format, x, weight, rows)
+        codes = [_codes(block_format, part, factor) for part, factor in zip(wanted, factors, strict=True)]
+    codes = best_codes(block_format, x, weight, factors, codes)
     dtype = np.int8 if block_format.scales in _SIGNED else np.uint8
     return *factors, *(c.astype(dtype) for c in codes)
+
+
+def _search_factors(
+    block_format: BlockFormat, x: np.ndarray, weight: np.ndarray | None, rows: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the factors of super-groups, and codes of scales and minima from which `best_codes` can start."""
+    wanted = _wanted(block_format, x, weight, rows)
+    factors = [_factors(block_format, part) for part in wanted]
+    codes = [_codes(block_format, part, factor) for part, factor in zip(wanted, factors, strict=True)]
+    for _ in range(_REFITS):
+        codes = best_codes(block_format, x, weight, factors, codes)
+        q = _rounded(block_format, x, factors, codes)
+        factors = _refit(block_format, x, weight, factors, codes, q)
+    return factors, codes
+
+
+def _wanted(
+    block_format: BlockFormat, x: np.ndarray, weight: np.ndarray | None, rows: int
+) -> list[np.ndarray]:
+    """Return the best scales, and in a format with minima also the best −minima, float32 ``[rows, n]``."""
+    scale, minimum = _fit_groups(block_format, x, weight)
+    if minimum is None:
+        return [scale.reshape(rows, -1)]
+    # The format has no positive minimum. The range of a group of positive weights therefore begins at 0.
+    highest = np.float32(grid(block_format).highest)
+    scale = np.where(minimum > 0, x.max(0) / highest, scale)
+    return [scale.reshape(rows, -1), np.maximum(-minimum, 0).reshape(rows, -1)]
 
 
 def _factors(block_format: BlockFormat, wanted: np.ndarray) -> np.ndarray:
@@ -269,7 +292,7 @@ def best_codes(
     weight: np.ndarray | None,
     factors: list[np.ndarray],
     codes: list[np.ndarray],
-) -> tuple[list[np.ndarray], np.ndarray]:
+) -> list[np.ndarray]:
     """Find better codes of scales and minima: for each group, the best of the given codes and their neighbours.
 
     Args:
@@ -280,22 +303,34 @@ def best_codes(
         codes: float32 ``[rows, n]``.
 
     Returns:
-        The codes of scales and minima, and the integers that the codes of the weights represent, ``[n, G]``.
+        The codes of scales and minima.
     """
-    numbers = grid(block_format)
-    shape = codes[0].shape
-    spread = [_spread(block_format, f.astype(np.float32), shape) for f in factors]
-    best, values, least = codes, np.empty_like(x), np.full(x.shape[1], np.inf, np.float32)
+    best, least = codes, np.full(x.shape[1], np.inf, np.float32)
     for steps in product((0, -1, 1), repeat=len(codes)):
         tried = [_clipped(block_format, c + np.float32(s)) for c, s in zip(codes, steps, strict=True)]
-        scale, *low = (f * c for f, c in zip(spread, tried, strict=True))
-        minimum = -low[0].reshape(-1) if low else None
-        other, error = scales.round_to(x, numbers, scale.reshape(-1), minimum, weight)
+        _, error = scales.round_to(x, grid(block_format), *_of_groups(block_format, factors, tried), weight)
         better = error < least
         least = np.where(better, error, least)
-        values = np.where(better, other, values)
-        best = [np.where(better.reshape(shape), t, b) for t, b in zip(tried, best, strict=True)]
-    return best, values
+        best = [np.where(better.reshape(t.shape), t, b) for t, b in zip(tried, best, strict=True)]
+    return best
+
+
+def _rounded(
+    block_format: BlockFormat, x: np.ndarray, factors: list[np.ndarray], codes: list[np.ndarray]
+) -> np.ndarray:
+    """Return the integers that the codes of the weights represent, float32 ``[n, G]``."""
+    return scales.round_to(x, grid(block_format), *_of_groups(block_format, factors, codes))[0]
+
+
+def _of_groups(
+    block_format: BlockFormat, factors: list[np.ndarray], codes: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the scale and the minimum of each group, float32 ``[G]``; None for absent minima."""
+    scale, *low = (
+        (_spread(block_format, f.astype(np.float32), c.shape) * c).reshape(-1)
+        for f, c in zip(factors, codes, strict=True)
+    )
+    return scale, -low[0] if low else None
 
 
 def _refit(

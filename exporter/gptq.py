@@ -37,6 +37,8 @@ def quantise(matrix: np.ndarray, triangle: np.ndarray, block_format: BlockFormat
     codes = np.empty(matrix.shape, code_type(block_format))
     parts: list[tuple[np.ndarray, ...]] = []
     shared: list[tuple[np.ndarray, ...]] = []
+    # New memory for the products of every group would cost a page fault every 4 KB.
+    products = np.empty(matrix.size, np.float32)
     for start in range(0, inputs, GROUP):
         if start % (GROUP * SUPER) == 0:
             whole = slice(start, start + GROUP * SUPER)
@@ -46,7 +48,8 @@ def quantise(matrix: np.ndarray, triangle: np.ndarray, block_format: BlockFormat
         found = fit(block_format, matrix[:, columns], importance[columns], shared[-1])
         parts.append(found[len(shared[-1]) :])
         codes[:, columns], errors = _round_group(block_format, matrix[:, columns], own, found)
-        matrix[:, columns.stop :] -= errors.T @ later
+        left = matrix[:, columns.stop :]
+        left -= np.matmul(errors.T, later, out=products[: left.size].reshape(left.shape))
     return codes, *(
         np.concatenate(pieces, axis=1)
         for all_pieces in (shared, parts)

@@ -293,7 +293,8 @@ def round_to(
     """
     scale = scale.astype(np.float32)
     offset = np.float32(0) if minimum is None else minimum.astype(np.float32)
-    values = (x - offset) * inverse(scale)
+    values = x - offset
+    values *= inverse(scale)
     grid.nearest(values, out=values)
     error = values * scale
     error += offset
