@@ -269,12 +269,6 @@ def test_text_that_is_not_utf8(checkpoint):
         ({"quant_method": "gptq", "bits": 3}, "gptq", ", with --weights int4."),
         ({"quant_method": "awq", "version": "gemv"}, "awq", ", with --weights int4."),
         (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            "bitsandbytes",
-            "the result of model.dequantize().",
-        ),
-        ({"load_in_8bit": True}, "bitsandbytes", "the result of model.dequantize()."),
-        (
             {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}},
             "compressed-tensors",
             "CompressedTensorsConfig(dequantize=True)",

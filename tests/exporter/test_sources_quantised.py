@@ -5,103 +5,23 @@ The tests pack the weights number by number, as the documents of the formats des
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+from quantised_checkpoints import FP8, awq, fp8, gptq, packed
 from safetensors.numpy import load_file, save_file
 
 from precast.exporter.export import export
 from precast.exporter.options import ExportOptions
-from precast.exporter.sources.huggingface.quantised import RawTensor, dequantised, quantisation_of
+from precast.exporter.sources.huggingface.parts import RawTensor
+from precast.exporter.sources.huggingface.quantised import dequantised, quantisation_of
 from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 
 BASE = "model.layers.0.mlp.up_proj"
-FP8 = ml_dtypes.float8_e4m3fn
-# The order in which AWQ stores eight consecutive outputs in the half bytes of an int32, from the lowest.
-AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-def words(numbers: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
-    """Pack each row of numbers into int32, in the given order within a word, from the lowest bits."""
-    per = 32 // bits
-    order = range(per) if order is None else order
-    rows = []
-    for row in numbers:
-        packed = []
-        for start in range(0, len(row), per):
-            part = [*(int(n) for n in row[start : start + per])]
-            part += [0] * (per - len(part))
-            packed.append(sum(part[k] << i * bits for i, k in enumerate(order)))
-        rows.append(packed)
-    return np.array(rows, np.uint64).astype(np.uint32).view(np.int32)
-
-
-def random_affine(rng, outs: int, inputs: int, groups: int, bits: int):
-    """Return numbers ``[out, in]``, zeros and scales ``[out, groups]``."""
-    numbers = rng.integers(0, 1 << bits, (outs, inputs))
-    zeros = rng.integers(1, 1 << bits, (outs, groups))
-    scales = (rng.uniform(0.5, 2, (outs, groups)) / (8 << bits)).astype(np.float16)
-    return numbers, zeros, scales
-
-
-def affine(numbers, zeros, scales, group) -> np.ndarray:
-    """Return the weights in float64."""
-    return (numbers - zeros[:, group].astype(np.float64)) * scales[:, group].astype(np.float64)
-
-
-def gptq(rng, outs: int, inputs: int, groups: int, bits: int, *, offset: int = 1, order: bool = False):
-    numbers, zeros, scales = random_affine(rng, outs, inputs, groups, bits)
-    group = np.arange(inputs) // (inputs // groups)
-    if order:
-        group = rng.permutation(group)
-    stored = {
-        "qweight": np.ascontiguousarray(words(numbers, bits).T),
-        "qzeros": words((zeros - offset).T, bits),
-        "scales": np.ascontiguousarray(scales.T),
-        "g_idx": group.astype(np.int32),
-    }
-    return stored, affine(numbers, zeros, scales, group)
-
-
-def awq(rng, outs: int, inputs: int, groups: int):
-    numbers, zeros, scales = random_affine(rng, outs, inputs, groups, 4)
-    stored = {
-        "qweight": words(numbers.T, 4, AWQ_OUTPUTS),
-        "qzeros": words(zeros.T, 4, AWQ_OUTPUTS),
-        "scales": np.ascontiguousarray(scales.T),
-    }
-    return stored, affine(numbers, zeros, scales, np.arange(inputs) // (inputs // groups))
-
-
-def packed(rng, outs: int, inputs: int, groups: int, bits: int, *, symmetric: bool, order: bool = False):
-    numbers, zeros, scales = random_affine(rng, outs, inputs, groups, bits)
-    group = np.arange(inputs) // -(-inputs // groups)
-    if symmetric:
-        zeros[...] = 1 << bits - 1
-    stored = {
-        "weight_packed": words(numbers, bits),
-        "weight_shape": np.array([outs, inputs], np.int64),
-        "weight_scale": scales.astype(ml_dtypes.bfloat16),
-    }
-    if not symmetric:
-        stored["weight_zero_point"] = np.ascontiguousarray(words(zeros.T, bits).T)
-    if order:
-        group = rng.permutation(group)
-        stored["weight_g_idx"] = group.astype(np.int32)
-    return stored, affine(numbers, zeros, stored["weight_scale"], group)
-
-
-def fp8(rng, outs: int, inputs: int, block: tuple[int, int] | None, ending: str = "weight_scale_inv"):
-    weight = rng.standard_normal((outs, inputs)).astype(FP8)
-    rows, columns = block or (outs, inputs)
-    scale = rng.uniform(0.5, 2, (-(-outs // rows), -(-inputs // columns))).astype(np.float32)
-    each = np.repeat(np.repeat(scale, rows, 0), columns, 1)[:outs, :inputs]
-    return {"weight": weight, ending: scale}, weight.astype(np.float64) * each
 
 
 def opened(checkpoint, quantization: Mapping[str, Any] | None, stored: Mapping[str, np.ndarray]):
@@ -491,7 +411,11 @@ def test_an_index_outside_the_groups_is_refused(checkpoint, index: int) -> None:
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
         {"quant_method": "compressed-tensors", "format": ["pack-quantized"]},
         {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R4": {}}}},
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+        {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:llm_compressor"},
+        {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round", "data_type": "mx_fp"},
+        {"quant_method": "auto-round", "bits": 3, "packing_format": "auto_round"},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 7}}}},
     ],
 )
 def test_other_variants_are_refused(checkpoint, quantization) -> None:

@@ -1,4 +1,4 @@
-"""Dequantise the weights of checkpoints in GPTQ, AWQ, FP8 or compressed-tensors format.
+"""Dequantise the weights of checkpoints in GPTQ, AWQ, FP8, compressed-tensors or bitsandbytes format.
 
 The formats store a matrix ``[out, in]`` as small numbers and scales, in several tensors. The names of these tensors
 begin like the name of the matrix. A weight is the product of a number and its scale. precast computes it in float32;
@@ -7,12 +7,14 @@ the formats' own libraries may compute it in float16 or bfloat16, which rounds i
 - GPTQ: each int32 of ``qweight [in·b/32, out]`` contains b-bit numbers of consecutive inputs. Each int32 of
   ``qzeros [groups, out·b/32]`` contains b-bit zero points of consecutive outputs, which are too small by 1 unless
   ``checkpoint_format`` is "gptq_v2". ``scales`` is ``[groups, out]``. ``g_idx [in]`` is the group of each input.
+  AutoRound's ``packing_format`` names one of these layouts, or AWQ's.
 - AWQ, version "gemm": ``qweight [in, out/8]`` and ``qzeros [groups, out/8]``. An int32 contains numbers of eight
   outputs, in the order `_AWQ_ORDER`. ``scales`` is ``[groups, out]``.
 - FP8: ``weight [out, in]`` in float8_e4m3fn, and ``weight_scale_inv`` with a scale for each block of
   ``weight_block_size``.
 - compressed-tensors: ``weight_packed [out, in·b/32]`` and ``weight_shape``, or ``weight`` in int8 or float8_e4m3fn. The
   tensors ``weight_scale``, ``weight_zero_point`` and ``weight_g_idx`` belong to either.
+- bitsandbytes: see `bitsandbytes`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +27,9 @@ from precast.loaders.artifact.errors import PrecastError
 
 from ...block_formats import FLOAT_GROUP, GROUP
 from ..base import QuantisedBlocks, SourceTensor
+from . import bitsandbytes
 from .affine import Affine, are_halves
+from .parts import FLOATS, REMEDY, Parts, RawTensor
 
 # For each of eight consecutive outputs, the half byte of an int32 that contains it, counted from the lowest bits.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -40,6 +44,17 @@ _ACTIVATIONS = (
     ".k_scale",
     ".v_scale",
 )
+# The bits of the integers in each layout.
+_LAYOUT_BITS = {"gptq": (2, 4, 8), "awq": (4,)}
+# AutoRound's packing formats: the layout, and the number to add to stored zero points.
+_AUTO_ROUND: Mapping[str, tuple[str, int | None]] = {
+    "auto_round:auto_gptq": ("gptq", 1),
+    "auto_round:gptqmodel": ("gptq", 0),
+    "auto_round": ("gptq", 0),
+    "auto_round:auto_awq": ("awq", 0),
+}
+# transformers' default for FP8.
+_FP8_BLOCK = [128, 128]
 # The readable formats of compressed-tensors; None for a config that names no format.
 _COMPRESSED = (
     None,
@@ -49,24 +64,6 @@ _COMPRESSED = (
     "naive-quantized",
     "mixed-precision",
 )
-_REMEDY = "fetch the checkpoint again"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawTensor:
-    """A tensor of a checkpoint, before any conversion.
-
-    Attributes:
-        where: path of the file, for messages.
-        shape: shape of the tensor.
-        dtype: safetensors' name of the type, such as "F16", "I32" or "F8_E4M3".
-        read: returns the array in this type.
-    """
-
-    where: str
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +71,17 @@ class Quantisation:
     """The quantisation that a checkpoint's config describes.
 
     Attributes:
-        method: "gptq", "awq", "fp8" or "compressed-tensors".
-        bits: number of bits of a packed number; 0 if it follows from the shapes.
+        method: the method that the config names, for messages.
+        layout: "gptq", "awq", "fp8", "compressed-tensors" or "bitsandbytes": the tensors that store a weight.
+        bits: number of bits of a packed number, unless the shapes of the tensors show another; 0 if it follows from
+            the shapes alone.
         zero_offset: the number to add to stored zero points.
         group: number of consecutive inputs that share a scale; 0 if it follows from the shapes.
         block: rows and columns of a block that shares a scale; None if they follow from the shapes.
     """
 
     method: str
+    layout: str
     bits: int = 0
     zero_offset: int = 0
     group: int = 0
@@ -90,45 +90,81 @@ class Quantisation:
 
 def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation | None:
     """Return the quantisation that a ``quantization_config`` describes; None if precast cannot read it."""
-    bits = config.get("bits", config.get("w_bit", 4))
+    if (found := _integers(method, config)) is not None:
+        layout, bits, zero_offset = found
+        return Quantisation(
+            method=method, layout=layout, bits=bits, zero_offset=zero_offset, group=_group_size(config)
+        )
     match method:
-        case "gptq" if bits in (2, 4, 8) and isinstance(bits, int):
-            form = config.get("checkpoint_format") or "gptq"
-            offsets = {"gptq": 1, "gptq_v2": 0}
-            if isinstance(form, str) and form in offsets:
-                return Quantisation(
-                    method=method, bits=bits, zero_offset=offsets[form], group=_group_size(config)
-                )
-        case "awq" if bits == 4 and str(config.get("version", "gemm")).lower() == "gemm":
-            return Quantisation(method=method, bits=4, group=_group_size(config))
         case "fp8":
-            return Quantisation(method=method, block=_block(config.get("weight_block_size")))
+            block = _block(config.get("weight_block_size", _FP8_BLOCK))
+            return Quantisation(method=method, layout="fp8", block=block)
         case "compressed-tensors" if _is_readable(config):
-            return Quantisation(method=method, block=_block(_block_structure(config.get("config_groups"))))
+            block = _block(_block_structure(config.get("config_groups")))
+            return Quantisation(method=method, layout=method, block=block)
+        case "bitsandbytes":
+            return Quantisation(method=method, layout=method)
     return None
 
 
+def _integers(method: str, config: Mapping[str, object]) -> tuple[str, int, int] | None:
+    """Return the layout, the bits and the offset of the zero points of a config of GPTQ, AWQ or AutoRound."""
+    bits = config.get("bits", config.get("w_bit", 4))
+    if type(bits) is not int:
+        return None
+    stated = config.get("checkpoint_format")
+    match method:
+        case "gptq" if not config.get("is_marlin_format"):
+            layout, offset = "gptq", {"": 1, "gptq": 1, "gptq_v2": 0}.get(_text(stated))
+        case "awq" if _text(config.get("version") or stated or "gemm").lower() == "gemm":
+            layout, offset = "awq", 0
+        case "auto-round" | "intel/auto-round" if config.get("data_type", "int") == "int":
+            layout, offset = _AUTO_ROUND.get(_text(config.get("packing_format")), ("", None))
+        case _:
+            return None
+    return None if offset is None or bits not in _LAYOUT_BITS[layout] else (layout, bits, offset)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else "" if value is None else "?"
+
+
 def _group_size(config: Mapping[str, object]) -> int:
-    """Return the number of inputs in a group; 0 if the config does not state it, or if it is -1 (a single group)."""
+    """Return the number of inputs in a group; 0 if it is -1 (a single group), not stated, or differs by module."""
+    if config.get("dynamic") or config.get("extra_config"):
+        return 0
     size = config.get("group_size", config.get("q_group_size"))
     return size if type(size) is int and size > 0 else 0
 
 
 def _is_readable(config: Mapping[str, object]) -> bool:
-    """Return True if a config of compressed-tensors has a known format, and neither sparse nor transformed weights."""
+    """Return True if a config of compressed-tensors has a known format, and neither sparse nor transformed weights.
+
+    Seven bits would take the space of eight, so the shapes would not tell them apart.
+    """
     sparsity = config.get("sparsity_config") or {"format": "dense"}
     is_dense = isinstance(sparsity, dict) and sparsity.get("format") in (None, "dense")
     # A transform rotates the activations at run time, so the weights alone are not the model.
-    return is_dense and config.get("format") in _COMPRESSED and not config.get("transform_config")
+    has_known_bits = all(
+        weights.get("num_bits", 4) in _BITS for weights in _weight_schemes(config.get("config_groups"))
+    )
+    is_known = config.get("format") in _COMPRESSED and not config.get("transform_config")
+    return is_dense and is_known and has_known_bits
+
+
+def _weight_schemes(groups: object) -> list[Mapping[str, object]]:
+    """Return the descriptions of weights in the ``config_groups`` of compressed-tensors."""
+    found = (
+        [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        if isinstance(groups, dict)
+        else []
+    )
+    return [weights for weights in found if isinstance(weights, dict)]
 
 
 def _block_structure(groups: object) -> object:
     """Return the first `block_structure` in the ``config_groups`` of compressed-tensors; None if there is none."""
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and weights.get("block_structure"):
-            return weights["block_structure"]
-    return None
+    return next((w["block_structure"] for w in _weight_schemes(groups) if w.get("block_structure")), None)
 
 
 def _block(size: object) -> tuple[int, int] | None:
@@ -139,6 +175,9 @@ def _block(size: object) -> tuple[int, int] | None:
     return None
 
 
+Reader = Callable[[Parts], SourceTensor]
+
+
 def dequantised(raw: Mapping[str, RawTensor], quantisation: Quantisation) -> dict[str, SourceTensor]:
     """Return the tensors of a quantised checkpoint by name, as if the checkpoint were not quantised.
 
@@ -147,93 +186,44 @@ def dequantised(raw: Mapping[str, RawTensor], quantisation: Quantisation) -> dic
     """
     left = {name: tensor for name, tensor in raw.items() if not name.endswith(_ACTIVATIONS)}
     found: dict[str, SourceTensor] = {}
-    endings = {
-        "gptq": (".qweight", partial(_gptq, quantisation)),
-        "awq": (".qweight", partial(_awq, quantisation)),
-        "fp8": (".weight_scale_inv", partial(_scaled, quantisation, ".weight_scale_inv")),
+    scale: tuple[str, Reader] = (".weight_scale", partial(_scaled, quantisation, ".weight_scale"))
+    readers: Mapping[str, tuple[tuple[str, Reader], ...]] = {
+        "gptq": ((".qweight", partial(_gptq, quantisation)),),
+        "awq": ((".qweight", partial(_awq, quantisation)),),
+        "fp8": ((".weight_scale_inv", partial(_scaled, quantisation, ".weight_scale_inv")), scale),
+        "compressed-tensors": ((".weight_packed", _packed), scale),
+        "bitsandbytes": ((".weight.absmax", bitsandbytes.four_bits), (".SCB", bitsandbytes.eight_bits)),
     }
-    for ending, make in (
-        endings.get(quantisation.method, (".weight_packed", partial(_packed, quantisation))),
-        (".weight_scale", partial(_scaled, quantisation, ".weight_scale")),
-    ):
+    for ending, make in readers[quantisation.layout]:
         for name in [name for name in left if name.endswith(ending)]:
             if name in left:
                 base = name.removesuffix(ending)
-                found[f"{base}.weight"] = make(_Parts(left, base))
+                found[f"{base}.weight"] = make(Parts(left, base))
     return found | {name: _plain(name, tensor) for name, tensor in left.items()}
 
 
-class _Parts:
-    """The tensors that store one quantised weight.
-
-    Args:
-        left: the checkpoint's tensors that no weight has taken yet. Taking a tensor removes it from this dictionary.
-        base: the common beginning of the tensors' names.
-    """
-
-    def __init__(self, left: dict[str, RawTensor], base: str) -> None:
-        self._left, self._base = left, base
-
-    def take(self, ending: str, dtypes: tuple[str, ...], axes: int | None = 2) -> RawTensor:
-        """Remove and return the tensor with this ending.
-
-        Args:
-            ending: the end of the tensor's name.
-            dtypes: the permitted types.
-            axes: the required number of axes; None for any.
-
-        Raises:
-            PrecastError: the tensor is missing, or has another type or number of axes.
-        """
-        tensor = self.find(ending, dtypes, axes)
-        if tensor is None:
-            raise PrecastError(
-                f"{self._base}: the quantised weight lacks its tensor {ending[1:]!r}; {_REMEDY}."
-            )
-        return tensor
-
-    def find(self, ending: str, dtypes: tuple[str, ...], axes: int | None = 2) -> RawTensor | None:
-        """Remove and return the tensor with this ending, as `take` does; return None if it is missing."""
-        tensor = self._left.pop(self._base + ending, None)
-        if tensor is not None and (
-            tensor.dtype not in dtypes or (axes is not None and len(tensor.shape) != axes)
-        ):
-            expected = " or ".join(dtypes) + ("" if axes is None else f" with {axes} axes")
-            raise PrecastError(
-                f"{tensor.where}: expected {self._base}{ending} to be {expected}, found {tensor.dtype}"
-                f" {list(tensor.shape)}; {_REMEDY}."
-            )
-        return tensor
-
-    def fail(self, what: str) -> PrecastError:
-        """Return an error about this weight.
-
-        Args:
-            what: the fault, as "expected …, found …".
-        """
-        return PrecastError(f"{self._base}: {what}; {_REMEDY}.")
-
-
-_FLOATS = ("F32", "F16", "BF16")
 _NUMBERS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _plain(name: str, tensor: RawTensor) -> SourceTensor:
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise PrecastError(
             f"{tensor.where}: expected {name} to be F32, F16 or BF16, or to belong to a quantised weight, found"
-            f" {tensor.dtype}; {_REMEDY}."
+            f" {tensor.dtype}; {REMEDY}."
         )
     return SourceTensor(
         shape=tensor.shape, dtype=_NUMBERS[tensor.dtype], read=lambda: tensor.read().astype(np.float32)
     )
 
 
-def _gptq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
-    bits, per = quantisation.bits, _WORD_BITS // quantisation.bits
+def _gptq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
     words, zeros = parts.take(".qweight", ("I32",)), parts.take(".qzeros", ("I32",))
-    scales, index = parts.take(".scales", _FLOATS), parts.find(".g_idx", ("I32", "I64"), 1)
+    scales, index = parts.take(".scales", FLOATS), parts.find(".g_idx", ("I32", "I64"), 1)
     (packed, outs), groups = words.shape, scales.shape[0]
+    # A config may state other bits for some modules, by patterns of their names. The zero points show the bits.
+    fitting = [b for b in _LAYOUT_BITS["gptq"] if zeros.shape[1] == -(-outs * b // _WORD_BITS)]
+    bits = fitting[0] if fitting and quantisation.bits not in fitting else quantisation.bits
+    per = _WORD_BITS // bits
     inputs = packed * per
     if scales.shape != (groups, outs) or zeros.shape != (groups, -(-outs // per)) or groups == 0:
         raise parts.fail(
@@ -260,9 +250,9 @@ def _gptq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
     ).source()
 
 
-def _awq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
+def _awq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
     words, zeros = parts.take(".qweight", ("I32",)), parts.take(".qzeros", ("I32",))
-    scales = parts.take(".scales", _FLOATS)
+    scales = parts.take(".scales", FLOATS)
     (inputs, packed), groups = words.shape, scales.shape[0]
     outs = packed * len(_AWQ_ORDER)
     if scales.shape != (groups, outs) or zeros.shape != (groups, packed) or groups == 0:
@@ -289,13 +279,12 @@ def _awq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
     ).source()
 
 
-def _packed(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
+def _packed(parts: Parts) -> SourceTensor:
     words, stated = parts.take(".weight_packed", ("I32",)), parts.take(".weight_shape", ("I64", "I32"), 1)
     scales, zeros = (
-        parts.take(".weight_scale", _FLOATS, None),
+        parts.take(".weight_scale", FLOATS, None),
         parts.find(".weight_zero_point", ("I32", "I8"), None),
     )
-    index = parts.find(".weight_g_idx", ("I32", "I64"), 1)
     shape = tuple(int(n) for n in stated.read())
     bits = _WORD_BITS * words.shape[1] // shape[1] if len(shape) == 2 and shape[1] > 0 else 0
     if bits not in _BITS or words.shape != (shape[0], -(-shape[1] * bits // _WORD_BITS)):
@@ -306,8 +295,7 @@ def _packed(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
     groups = scales.shape[1] if len(scales.shape) == 2 else 1
     if scales.shape not in ((outs, groups), (1,), ()) or groups == 0:
         raise parts.fail(f"expected weight_scale [{outs}, groups], found {list(scales.shape)}")
-    if index is not None and index.shape != (inputs,):
-        raise parts.fail(f"expected weight_g_idx to have {inputs} elements, found {list(index.shape)}")
+    index = _group_index(parts, inputs)
     per, half = _WORD_BITS // bits, 1 << bits - 1
     if zeros is not None and zeros.dtype == "I32" and zeros.shape != (-(-outs // per), groups):
         raise parts.fail(
@@ -333,16 +321,29 @@ def _packed(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
         numbers=lambda: _unpacked(words.read(), bits)[:, :inputs],
         zeros=lowest,
         scales=lambda: np.broadcast_to(scales.read().reshape(-1, groups), (outs, groups)),
-        index=None if index is None else index.read,
+        index=index,
     ).source()
 
 
-def _scaled(quantisation: Quantisation, ending: str, parts: _Parts) -> SourceTensor:
+def _group_index(parts: Parts, inputs: int) -> Callable[[], np.ndarray] | None:
+    """Return the reader of the index of each input's group; None if each group consists of consecutive inputs.
+
+    The library writes −1 where it has determined no order.
+    """
+    stored = parts.find(".weight_g_idx", ("I32", "I64"), 1)
+    if stored is None:
+        return None
+    if stored.shape != (inputs,):
+        raise parts.fail(f"expected weight_g_idx to have {inputs} elements, found {list(stored.shape)}")
+    return None if (stored.read() == -1).all() else stored.read
+
+
+def _scaled(quantisation: Quantisation, ending: str, parts: Parts) -> SourceTensor:
     # With the method "fp8", a byte of an int8 weight contains two 4-bit numbers, which precast does not read.
-    types = ("F8_E4M3",) if quantisation.method == "fp8" else ("F8_E4M3", "I8")
+    types = ("F8_E4M3",) if quantisation.layout == "fp8" else ("F8_E4M3", "I8")
     weight = parts.take(".weight", types)
-    scales = parts.take(ending, _FLOATS, None)
-    zeros = parts.find(".weight_zero_point", ("I8",), None)
+    scales = parts.take(ending, FLOATS, None)
+    zeros = parts.find(".weight_zero_point", ("I8", "F8_E4M3"), None)
     sizes = [
         _spread(n, count, quantisation.block, axis)
         for axis, (n, count) in enumerate(zip(weight.shape, (1, 1, *scales.shape)[-2:], strict=True))
@@ -429,6 +430,8 @@ def _spread(size: int, scales: int, block: tuple[int, int] | None, axis: int) ->
         return size
     if block is not None and -(-size // block[axis]) == scales:
         return block[axis]
+    if block is not None and scales != size:
+        return None
     return size // scales if scales > 0 and size % scales == 0 else None
 
 

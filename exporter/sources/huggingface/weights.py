@@ -16,7 +16,8 @@ from precast.loaders.artifact.weights import aligned_zeros
 
 from ..base import SourceTensor
 from ..files import plain_file, read_json, refuse_stand_in
-from .quantised import Quantisation, RawTensor, dequantised
+from .parts import RawTensor
+from .quantised import Quantisation, dequantised
 
 T = TypeVar("T")
 
