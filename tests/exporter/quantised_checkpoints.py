@@ -98,11 +98,17 @@ NF4 = np.array(
 BLOCK, NESTED_BLOCK = 64, 256
 
 
+def nf4_state(outs: int, inputs: int, **others: object) -> np.ndarray:
+    """Return the JSON that describes a weight in 4 bits, as uint8."""
+    state = {"blocksize": BLOCK, "dtype": "bfloat16", "shape": [outs, inputs]} | others
+    return np.frombuffer(json.dumps(state).encode(), np.uint8)
+
+
 def nf4(rng, outs: int, inputs: int, *, nested: bool = False, kind: str = "nf4"):
     """Return the tensors of a weight in NF4, by the ends of their names, and the weight in float64."""
     codes = rng.integers(0, 16, outs * inputs + outs * inputs % 2)
     factors = rng.uniform(0.1, 2, -(-outs * inputs // BLOCK)).astype(np.float32)
-    state = {"quant_type": kind, "blocksize": BLOCK, "dtype": "bfloat16", "shape": [outs, inputs]}
+    state: dict[str, object] = {"quant_type": kind}
     stored = {"weight": (codes[::2] << 4 | codes[1::2]).astype(np.uint8)[:, None], "weight.quant_map": NF4}
     if nested:
         values, number = np.linspace(-1, 1, 256, dtype=np.float32), rng.integers(0, 256, len(factors))
@@ -113,8 +119,7 @@ def nf4(rng, outs: int, inputs: int, *, nested: bool = False, kind: str = "nf4")
         stored["weight.nested_absmax"] = scales
     else:
         stored["weight.absmax"] = factors
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    stored[f"weight.quant_state.bitsandbytes__{kind}"] = text
+    stored[f"weight.quant_state.bitsandbytes__{kind}"] = nf4_state(outs, inputs, **state)
     count = outs * inputs
     weights = NF4[codes[:count]].astype(np.float64) * np.repeat(factors, BLOCK)[:count]
     return stored, weights.reshape(outs, inputs)
