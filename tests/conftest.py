@@ -45,12 +45,16 @@ TEXT = ["the quick brown fox jumps over the lazy dog", "def fibonacci(n): return
 
 @pytest.fixture(scope="session", autouse=True)
 def tests_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Give the tests a cache folder of their own, with the user's demo model if it has been fetched."""
+    """Give the tests a cache folder of their own, with the user's demo model and Gemma if they have been fetched."""
     from precast.loaders.artifact.cache_folder import cache_folder
 
-    folder, demo = tmp_path_factory.mktemp("cache"), cache_folder() / "demo"
-    if demo.is_dir():
-        (folder / "demo").symlink_to(demo.resolve())
+    folder, own = tmp_path_factory.mktemp("cache"), cache_folder()
+    if (own / "demo").is_dir():
+        (folder / "demo").symlink_to((own / "demo").resolve())
+    # The benchmarks keep the file there.
+    gemma = own / "bench" / "frontier" / "gemma3-270m.gguf"
+    if gemma.is_file():
+        (folder / gemma.name).symlink_to(gemma.resolve())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRECAST_CACHE", str(folder))
         patch.delenv("PRECAST_REQUIRE_SIGNATURE", raising=False)
