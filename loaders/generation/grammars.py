@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from ..text.tokenizer import Tokenizer
 
-# Whitespace between the parts of JSON. Without a limit, a model may repeat line feeds until the context is full.
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# Whitespace between two parts of JSON: what indented JSON needs. If more were allowed, small models would repeat line
+# feeds. llama.cpp has a similar limit.
+_WHITESPACE = r"\x20|\x0A(?:\x20{0,32}|\x09{0,8})"
 _MOST_LEXER_STATES = 50_000  # each state takes up to 2 KB
 _MOST_GRAMMARS = 32
 # Maximum number of grammars that are built at the same time. Building one may take a few hundred megabytes.

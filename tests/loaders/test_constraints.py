@@ -363,21 +363,21 @@ def test_what_llguidance_refuses_is_refused_by_name(
     assert str(refused.value) == text
 
 
-def test_whitespace_is_bounded_unless_the_schema_says_otherwise(grammars: Grammars) -> None:
-    def text_of(length: int, **given: Any) -> bool:
-        schema = {"type": "array", **given}
-        constraint = start(grammars, json_schema=schema)
-        tokens = vocabulary_bytes(grammars._tokenizer, padded(grammars._tokenizer))
-        for data in (*[b" "] * drops_first_space(grammars._tokenizer, tokens), b"[", *[b" "] * length, b"]"):
-            if (token := tokens.index(data)) not in allowed(constraint):
-                return False
-            constraint.accept(token)
-        return True
+INDENTS = ["", " ", "\n", "\n" + 32 * " ", "\n" + 8 * "\t"]
 
-    assert text_of(64)
-    assert not text_of(65)
-    assert text_of(65, **{"x-guidance": {"whitespace_flexible": True}})
-    assert not text_of(1, **{"x-guidance": {"whitespace_flexible": False}})
+
+@pytest.mark.parametrize("space", [*INDENTS, "  ", "\n\n", "\t", "\r", "\n" + 33 * " ", "\n \t"])
+def test_whitespace_is_that_of_indented_json(grammars: Grammars, space: str) -> None:
+    tokens = vocabulary_bytes(grammars._tokenizer, padded(grammars._tokenizer))
+    text = " " * drops_first_space(grammars._tokenizer, tokens) + f"[{space}]"
+    ids = [tokens.index(char.encode()) for char in text]
+
+    def allows(**options: bool) -> bool:
+        answer = start(grammars, json_schema={"type": "array", "x-guidance": options})
+        return all(token in allowed(answer) and not answer.accept(token) for token in ids)
+
+    assert allows() == (space in INDENTS)
+    assert (allows(whitespace_flexible=True), allows(whitespace_flexible=False)) == (True, space == "")
 
 
 def test_a_model_without_an_end_token_is_refused(tokenizer: Tokenizer) -> None:

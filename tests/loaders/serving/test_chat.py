@@ -140,6 +140,24 @@ def test_json_objects_and_schemas(openai) -> None:
     assert isinstance(value["sure"], bool)
 
 
+@pytest.mark.parametrize("question", ["What is the capital of France?", "Who wrote Hamlet?"])
+def test_whitespace_does_not_fill_a_structured_answer(openai, question) -> None:
+    """Without a limit, this model repeats line feeds between the parts of these answers."""
+    tags = {"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 3}
+    properties = {"name": {"type": "string", "maxLength": 40}, "age": {"type": "integer"}, "tags": tags}
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    form: Any = {
+        "type": "json_schema",
+        "json_schema": {"name": "person", "schema": {**schema, "additionalProperties": False}},
+    }
+    messages: Any = [{"role": "user", "content": question}]
+    answer = ask(openai, messages=messages, response_format=form, max_tokens=150)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "stop"
+    assert list(json.loads(choice.message.content)) == list(properties)
+    assert "\n\n" not in choice.message.content
+
+
 def test_a_required_call(openai) -> None:
     answer = ask(openai, model="tools", tools=TOOLS[:1], tool_choice="required", max_tokens=200)
     (choice,) = answer.choices
