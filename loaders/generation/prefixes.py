@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import NamedTuple, Protocol
+from weakref import ref
 
 import numpy as np
 
@@ -71,12 +72,13 @@ class _Node:
         spans: keys and values by array. Each span ends at the end of the segment. In an array with a window, a span may
             start later than the segment, and may be empty.
         children: the nodes of the segments that follow, by first token.
-        parent: the node of the preceding segment; None for the root.
+        parent: the node of the preceding segment; None for the root. A node refers to its parent weakly, so that a tree
+            is freed with its last reference.
         pinned: True for a segment that is never evicted.
         checks: functions that raise PrecastError if a file that holds the segment's keys and values was modified.
     """
 
-    __slots__ = ("checks", "children", "parent", "pinned", "spans", "start", "tokens")
+    __slots__ = ("__weakref__", "_parent", "checks", "children", "pinned", "spans", "start", "tokens")
 
     def __init__(
         self,
@@ -94,6 +96,14 @@ class _Node:
         self.parent = parent
         if parent is not None:
             parent.children[int(tokens[0])] = self
+
+    @property
+    def parent(self) -> "_Node | None":
+        return None if self._parent is None else self._parent()
+
+    @parent.setter
+    def parent(self, node: "_Node | None") -> None:
+        self._parent = None if node is None else ref(node)
 
     @property
     def stop(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import ref
 
 from ..artifact.errors import PrecastError
 from ..artifact.units import size_text
@@ -176,7 +177,7 @@ class Pool:
             await asyncio.sleep(min(limit / 4, 1.0))
             for entry in self.entries.values():
                 if entry.is_idle and time.monotonic() - entry.last_used >= limit:
-                    self._unload(entry)
+                    await self._unload(entry)
 
     async def _loaded(self, entry: Entry) -> None:
         if entry.loading is None:
@@ -257,13 +258,22 @@ class Pool:
         """
         loaded = [entry for entry in self.entries.values() if entry.model is not None]
         if idle := [entry for entry in loaded if entry.is_idle]:
-            self._unload(min(idle, key=lambda entry: entry.last_used))
+            await self._unload(min(idle, key=lambda entry: entry.last_used))
             return
         min(loaded, key=lambda entry: entry.loaded_at).gives_way = True
         self._changed.clear()
         await self._changed.wait()
 
-    def _unload(self, entry: Entry) -> None:
+    async def _unload(self, entry: Entry) -> None:
+        """Unload a model, and return once its memory is free."""
         self._log(f"{entry.name}: unloaded")
+        models = [entry.model]
         entry.model, entry.bytes, entry.gives_way = None, 0, False
-        gc.collect()  # models are in reference cycles, and hold gigabytes
+        await asyncio.to_thread(_free, models)
+
+
+def _free(models: "list[Model | None]") -> None:
+    """Drop the last reference to a model, and collect garbage only if the model remains, in a reference cycle."""
+    model = ref(models.pop())
+    if model() is not None:
+        gc.collect()

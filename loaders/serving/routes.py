@@ -183,5 +183,5 @@ def import_others() -> None:
     """Import the modules that other requests need, so that their first requests need not wait for it."""
     handlers = (route.handler for route in ROUTES)
     modules = dict.fromkeys(handler.module for handler in handlers if isinstance(handler, Deferred))
-    for module in (*modules, "prometheus"):
+    for module in modules:
         import_module(f".{module}", __package__)

@@ -20,4 +20,4 @@ async def ready(services: Services, request: Request, body: bytes) -> Reply:
 
 async def metrics(services: Services, request: Request, body: bytes) -> Reply:
     """Show the metrics in Prometheus' text format."""
-    return Reply(body=services.metrics.text(), media_type=CONTENT_TYPE)
+    return Reply(body=await services.metrics.text(), media_type=CONTENT_TYPE)

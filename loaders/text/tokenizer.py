@@ -29,6 +29,8 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 # Names of the default template and of the template for conversations with tools.
 _DEFAULT, _TOOL_USE = "default", "tool_use"
+# The library accepts ids of 32 bits.
+_ID_LIMIT = 1 << 32
 
 # Types of decoders that can decode a text piece by piece, given the last few pieces as context.
 _PIECEWISE = frozenset({"BPEDecoder", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
@@ -107,11 +109,6 @@ class Tokenizer:
         """The number of tokens, including added tokens. The model's V may be larger because of padding."""
         return self._library.get_vocab_size(with_added_tokens=True)
 
-    @cached_property
-    def largest_id(self) -> int:
-        """The largest id of any token; -1 if there are no tokens. The library copies the vocabulary at each call."""
-        return max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
-
     @property
     def largest_own_id(self) -> int:
         """The largest id in the vocabulary, excluding added tokens; -1 if the vocabulary is empty."""
@@ -124,7 +121,7 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str | None:
         """Return the spelling of a token, or None if no token has the id."""
-        return self._library.id_to_token(token_id) if 0 <= token_id <= self.largest_id else None
+        return self._library.id_to_token(token_id) if 0 <= token_id < _ID_LIMIT else None
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token, even a special token, adds to a text; b"" for an id without a token.

@@ -36,8 +36,9 @@ def vocabulary_bytes(tokenizer: "Tokenizer", size: int) -> list[bytes]:
     read, has_byte_tokens = _reader(steps), any(step["type"] == "ByteFallback" for step in steps)
     added = tokenizer.added_tokens
     found = [SPECIAL + b"<[%d]>" % token for token in range(size)]
-    for text, token in tokenizer.library.get_vocab(with_added_tokens=True).items():
-        if token >= size:
+    for token in range(size):
+        # One by one, because the library holds Python's lock for 0.1 s while it copies a vocabulary.
+        if (text := tokenizer.token(token)) is None:
             continue
         if token not in added or (has_byte_tokens and BYTE_TOKEN.fullmatch(text)):
             found[token] = read(text)

@@ -1,8 +1,10 @@
 """The prefix tree restores the keys and values that the model computed, for any prompts, cuts and evictions."""
 
+import gc
 import hashlib
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from types import SimpleNamespace
@@ -261,6 +263,22 @@ def test_an_answer_does_not_fail_for_lack_of_memory(monkeypatch):
     assert (tree.bytes, tree.match([1, 2, 3]).length) == (0, 0)
     tree.capture([1, 2, 3], cache, 0, restored=0)
     assert tree.match([1, 2, 3]).length == 3
+
+
+def test_a_tree_is_freed_with_its_last_reference():
+    """Without the help of the garbage collector, because a collection would stop a server for 0.1 s."""
+    engine = FakeEngine(NAMES)
+    tree = PrefixTree(engine, limit=None)
+    for prompt in ([1, 2, 3], [1, 2, 4], [5]):
+        play(tree, engine, prompt, [6, 7], 0)
+    arrays = [weakref.ref(span.array) for node in tree._recent for span in node.spans.values()]
+    assert len(arrays) > len(NAMES)
+    gc.disable()
+    try:
+        del tree
+        assert [array() for array in arrays] == [None] * len(arrays)
+    finally:
+        gc.enable()
 
 
 def test_without_memory_nothing_is_captured():

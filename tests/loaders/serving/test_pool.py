@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import json
 import shutil
 import threading
@@ -155,8 +154,11 @@ def test_three_models_in_the_memory_of_two_answer_a_mixed_load(folders, monkeypa
     """No request fails or starves, and the models never take more than the limit."""
     limit, most, count = size_of(folders["a"]) * 5 // 2, [0], dict.fromkeys("abc", 0)
 
+    class Stub:
+        engine = SimpleNamespace(slots=8)
+
     def load(*_: Any) -> Any:
-        return SimpleNamespace(engine=SimpleNamespace(slots=8))
+        return Stub()
 
     monkeypatch.setattr("precast.loaders.serving.pool.load_verified", load)
 
@@ -216,7 +218,7 @@ def test_an_idle_model_is_unloaded_and_its_memory_freed(folders) -> None:
         del model
         while loaded(pool):
             await asyncio.sleep(0.02)
-        gc.collect()
+        await asyncio.sleep(0.1)  # a thread frees the memory
         assert engine() is None
         await use(pool, "a")
 
@@ -377,9 +379,8 @@ def test_a_load_that_began_before_the_server(folders, monkeypatch) -> None:
         assert entry.model is not None
         assert entry.bytes == measure(folders["a"], settings, LOG.append)[1]
         engine = weakref.ref(entry.model.engine)
-        pool._unload(entry)
         await asyncio.sleep(0.1)  # the event loop forgets the load
-        gc.collect()
+        await pool._unload(entry)
         assert engine() is None
         await use(pool, "a")
         assert loaded(pool) == "a"

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -30,6 +32,32 @@ def test_metrics_have_vllms_names(tiny_server) -> None:
     assert after[ended] - before.get(ended, 0) == 1
     assert after[f"precast:num_requests_running{label}"] == 0
     assert after[f"precast:prefix_cache_queries_total{label}"] > 0
+
+
+def test_answers_before_the_import_of_the_metrics_count() -> None:
+    """The import takes 60 ms, so an answer must not wait for it."""
+    found = run_python(
+        "import asyncio, sys\n"
+        "from types import SimpleNamespace as Some\n"
+        "from precast.loaders.generation.stream import Timing\n"
+        "from precast.loaders.serving.metrics import Metrics\n"
+        "timing = Timing(prefill_s=1.0, decode_s=1.0, decode_tokens_per_s=1.0)\n"
+        "answer = Some(finish_reason='stop', prompt_token_ids=(1,), token_ids=(1, 2), timing=timing)\n"
+        "metrics = Metrics(Some(entries={}))\n"
+        "metrics.observe('m', [answer])\n"
+        "assert 'prometheus_client' not in sys.modules\n"
+        "texts = [asyncio.run(metrics.text()).decode() for _ in range(2)]\n"
+        "metrics.observe('m', [answer])\n"
+        "texts.append(asyncio.run(metrics.text()).decode())\n"
+        'label = \'{finished_reason="stop",model_name="m"}\'\n'
+        "counts = [text.split(f'request_success_total{label} ')[1].split()[0] for text in texts]\n"
+        "print(*counts)\n"
+    )
+    assert found.split() == ["1.0", "1.0", "2.0"]
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
 def test_probes_may_ask_for_the_head_alone(tiny_server) -> None:
