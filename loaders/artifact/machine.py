@@ -51,6 +51,12 @@ CODEGEN_FEATURES = frozenset(
 )
 
 
+# Fields of /proc/cpuinfo that identify a processor, on x86-64 and on AArch64.
+_MODEL_KEYS = (
+    *("model name", "vendor_id", "cpu family", "model", "stepping"),
+    *("CPU implementer", "CPU part", "CPU variant", "CPU revision"),
+)
+
 # Features that imply the width of a CPU's vectors, widest first.
 VECTOR_FEATURES = ("avx512f", "avx2", "avx", "sse4.2", "sve2", "neon")
 
@@ -130,6 +136,17 @@ def cpu_features() -> tuple[str, ...]:
     except OSError:
         return ()
     return parse_cpu_features(text)
+
+
+def processor_model(root: Path = Path("/")) -> str:
+    """Return the vendor, model and revision of the first processor; empty if there is no /proc/cpuinfo."""
+    try:
+        text = (root / "proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""
+    first = (line.partition(":") for line in text.strip().split("\n\n")[0].splitlines())
+    found = {key.strip(): value.strip() for key, _, value in first}
+    return ", ".join(f"{key} {found[key]}" for key in _MODEL_KEYS if key in found)
 
 
 def parse_cpu_features(cpuinfo: str) -> tuple[str, ...]:

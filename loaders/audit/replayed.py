@@ -5,6 +5,7 @@ packages and on XLA's flags alone, so one replay of each combination is enough.
 """
 
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,8 @@ from ..artifact.cache_folder import make_private, remove_old, trusted_cache
 from ..artifact.errors import PrecastError
 from ..artifact.files import read_checked, write_atomically
 from ..artifact.golden import parse_golden
+from ..artifact.machine import processor_model
+from ..artifact.manifest import Manifest, Target
 from ..generation.model import Model
 from ..runtime.installed import this_machine
 from .verify import replay
@@ -27,7 +30,7 @@ from .verify import replay
 _FOLDER = "replayed"
 
 
-def replay_once(model: Model, root: Path, *, again: bool = False) -> None:
+def replay_once(model: Model, root: Path, *, again: bool = False) -> bool:
     """Replay a model's golden answers, unless an earlier replay on this machine has succeeded.
 
     If the cache folder cannot be written to, every call replays the answers.
@@ -37,41 +40,63 @@ def replay_once(model: Model, root: Path, *, again: bool = False) -> None:
         root: its folder.
         again: replay the answers in any case.
 
+    Returns:
+        True if the answers were replayed, False if the record of an earlier replay replaced the replay.
+
     Raises:
         PrecastError: an answer differs.
     """
-    if not again and _is_recorded(model):
-        return
     manifest = model.manifest
+    if not again and _is_recorded(manifest, model.target):
+        return False
     data = read_checked(root, manifest.golden, manifest.files[manifest.golden])
     report = replay(model, parse_golden(data, manifest, str(root / manifest.golden)), str(root))
     if report.problems:
-        with suppress(OSError, PrecastError):
-            _record(model).unlink(missing_ok=True)
+        forget(manifest)
         raise PrecastError(report.problems[0])
     with suppress(OSError, PrecastError):
-        record = _record(model)
+        record = _record(manifest, model.target)
         make_private(record.parent)
         remove_old(record.parent)
-        write_atomically(record, b"")
+        write_atomically(record, _text(manifest, model.target))
+    return True
 
 
-def _is_recorded(model: Model) -> bool:
+def forget(manifest: Manifest) -> None:
+    """Remove the records of an artifact's targets on this machine."""
+    for target in manifest.targets:
+        with suppress(OSError, PrecastError):
+            _record(manifest, target).unlink(missing_ok=True)
+
+
+def _text(manifest: Manifest, target: Target) -> bytes:
+    """Return the contents of a record, which are for people alone."""
+    found = {
+        "artifact": manifest.name,
+        "target": target.name,
+        "processor": processor_model(),
+        "kernels": kernels.isa(),
+    }
+    return json.dumps(found).encode() + b"\n"
+
+
+def _is_recorded(manifest: Manifest, target: Target) -> bool:
     with suppress(OSError, PrecastError):
-        return _record(model).exists()
+        return _record(manifest, target).exists()
     return False
 
 
-def _record(model: Model) -> Path:
+def _record(manifest: Manifest, target: Target) -> Path:
     """Return the path of the record of a replay; its name is a hash of everything that affects the result.
 
     Raises:
         PrecastError: there is no cache folder, or others may write to it.
         OSError: a file of this package disappears.
     """
-    machine = this_machine(cuda=model.target.platform == "cuda")
+    # The machine includes the instruction set that the kernels chose, and the features that decided the choice.
+    machine = this_machine(cuda=target.platform == "cuda")
     # The manifest is not among the files that it lists, so their hashes alone would ignore a change of the manifest.
-    key = (model.manifest, model.target, machine, os.environ.get("XLA_FLAGS", ""), _packages())
+    key = (manifest, target, machine, processor_model(), os.environ.get("XLA_FLAGS", ""), _packages())
     return trusted_cache(_FOLDER) / hashlib.sha256(repr(key).encode()).hexdigest()
 
 

@@ -38,6 +38,7 @@ def run(
     from ..artifact.files import read_checked
     from ..artifact.golden import parse_golden
     from ..audit.prefixes import replay_prefixes
+    from ..audit.replayed import forget
     from ..audit.verify import check_files, replay
     from ..load import load
     from ..locate import find_artifact, read_manifest
@@ -64,6 +65,8 @@ def run(
             replayed = replay(model, golden, str(root), display)
             prefixes = replay_prefixes(model, root, this_machine(cuda=False).isa, display)
     problems = _problems(root, files, replayed, prefixes)
+    if problems:
+        forget(manifest)  # or a server would load the artifact without a replay
     if as_json:
         print(_json_line(root, manifest, files, replayed, prefixes, problems))
     else:

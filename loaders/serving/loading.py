@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..artifact.compat import choose_target
 from ..audit.replayed import replay_once
@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from ..generation.model import Model
 
 Log = Callable[[str], None]
-EarlyLoad = BackgroundCall["tuple[Model, int]"]
+EarlyLoad = BackgroundCall["tuple[Loaded, int]"]
+
+
+class Loaded(NamedTuple):
+    """A loaded model.
+
+    Attributes:
+        model: the model.
+        is_replayed: True if this load has replayed the golden answers, False if an earlier load has.
+    """
+
+    model: "Model"
+    is_replayed: bool
 
 
 def early_load(sources: Mapping[str, Path | str], settings: ServeSettings, log: Log) -> EarlyLoad | None:
@@ -35,7 +47,7 @@ def early_load(sources: Mapping[str, Path | str], settings: ServeSettings, log: 
     return BackgroundCall(partial(_load, source, settings, log), daemon=False)
 
 
-def _load(source: Path, settings: ServeSettings, log: Log) -> "tuple[Model, int]":
+def _load(source: Path, settings: ServeSettings, log: Log) -> tuple[Loaded, int]:
     root, size = measure(source, settings, log)
     return load_verified(root, settings, log), size
 
@@ -61,7 +73,7 @@ def measure(source: Path | str, settings: ServeSettings, log: Log) -> tuple[Path
     return root, needed.all + needed.idle
 
 
-def load_verified(root: Path, settings: ServeSettings, log: Log) -> "Model":
+def load_verified(root: Path, settings: ServeSettings, log: Log) -> Loaded:
     """Load an artifact, and replay its golden answers if that has not been done on this machine.
 
     Raises:
@@ -69,7 +81,7 @@ def load_verified(root: Path, settings: ServeSettings, log: Log) -> "Model":
     """
     given = settings.loading or {}
     model = load(root, **given, log=log)
-    replay_once(model, root, again=given.get("rehash", False))
+    is_replayed = replay_once(model, root, again=given.get("rehash", False))
     # One KV cache: the scheduler queues the answers beyond its slots.
     model.scheduler = Scheduler(model.engine, caches=1, prefixes=model.prefixes)
-    return model
+    return Loaded(model, is_replayed)

@@ -12,7 +12,7 @@ from weakref import ref
 from ..artifact.errors import PrecastError
 from ..artifact.units import size_text
 from .errors import ApiError
-from .loading import EarlyLoad, Log, load_verified, measure
+from .loading import EarlyLoad, Loaded, Log, load_verified, measure
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -190,8 +190,8 @@ class Pool:
         try:
             if (early := self._early) is not None:
                 self._early = None  # a later load starts anew
-                entry.model, entry.bytes = await asyncio.to_thread(early.result)
-                self._note_load(entry, early.began)
+                found, entry.bytes = await asyncio.to_thread(early.result)
+                self._note_load(entry, found, early.began)
                 entry.grant()
             else:
                 await self._load_now(entry)
@@ -219,14 +219,19 @@ class Pool:
             if entry.model is None:
                 await self._make_room(entry, size)
                 began = time.monotonic()
-                entry.model = await asyncio.to_thread(load_verified, root, self._settings, self._log)
-                self._note_load(entry, began)
+                found = await asyncio.to_thread(load_verified, root, self._settings, self._log)
+                self._note_load(entry, found, began)
             entry.grant()
 
-    def _note_load(self, entry: Entry, began: float) -> None:
+    def _note_load(self, entry: Entry, found: Loaded, began: float) -> None:
+        entry.model = found.model
         entry.problem, entry.loaded_at = None, time.monotonic()
         entry.last_used = entry.loaded_at
-        self._log(f"{entry.name}: loaded and verified in {entry.loaded_at - began:.1f} s")
+        seconds = f"{entry.loaded_at - began:.1f} s"
+        if found.is_replayed:
+            self._log(f"{entry.name}: loaded and verified in {seconds}")
+        else:
+            self._log(f"{entry.name}: loaded in {seconds}; an earlier load on this machine has verified it")
 
     async def _make_room(self, entry: Entry, size: int) -> None:
         """Unload models until another one fits, and reserve its memory.

@@ -53,7 +53,7 @@ def serving(artifact: Path, log: Path) -> Iterator[str]:
 def _ready(process: "subprocess.Popen[bytes]", log: Path) -> str:
     end = time.monotonic() + START_S
     while time.monotonic() < end and process.poll() is None:
-        if (found := _STARTED.search(log.read_bytes())) and b"loaded and verified" in log.read_bytes():
+        if (found := _STARTED.search(log.read_bytes())) and b": loaded" in log.read_bytes():
             return found[1].decode()
         time.sleep(0.1)
     raise SystemExit(f"the server does not start: {log.read_text()[-2000:]}")

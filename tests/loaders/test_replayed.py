@@ -1,6 +1,7 @@
 """Golden answers are replayed once for each combination of artifact and machine."""
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,10 @@ from typing import Any
 
 import pytest
 
+import precast
+from precast import kernels
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.machine import processor_model
 from precast.loaders.audit import replayed
 
 
@@ -28,11 +32,38 @@ def replays(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_success_is_recorded(replays: list[str], tiny_model: Any, tiny_artifact: Path) -> None:
-    for _ in range(2):
-        replayed.replay_once(tiny_model, tiny_artifact)
+    assert [replayed.replay_once(tiny_model, tiny_artifact) for _ in range(2)] == [True, False]
     assert replays == [str(tiny_artifact)]
-    replayed.replay_once(tiny_model, tiny_artifact, again=True)
+    assert replayed.replay_once(tiny_model, tiny_artifact, again=True)
     assert len(replays) == 2
+
+
+def test_a_record_names_the_processor_and_its_kernels(
+    replays: list[str], tiny_model: Any, tiny_artifact: Path, own_cache: Path
+) -> None:
+    replayed.replay_once(tiny_model, tiny_artifact)
+    (record,) = (own_cache / "replayed").iterdir()
+    assert json.loads(record.read_text()) == {
+        "artifact": "tiny",
+        "target": tiny_model.target.name,
+        "processor": processor_model(),
+        "kernels": kernels.isa(),
+    }
+
+
+@pytest.mark.parametrize("name", ["README.md", "golden.json"])
+def test_verify_that_fails_removes_the_record(
+    replays: list[str], artifact_copy: Path, cli: Callable[..., Any], name: str
+) -> None:
+    model = precast.load(artifact_copy)
+    replayed.replay_once(model, artifact_copy)
+    assert cli("verify", artifact_copy).exit_code == 0
+    assert not replayed.replay_once(model, artifact_copy)
+    before = (artifact_copy / name).read_bytes()
+    (artifact_copy / name).write_bytes(before + b" ")
+    assert cli("verify", artifact_copy).exit_code == 1
+    (artifact_copy / name).write_bytes(before)
+    assert replayed.replay_once(model, artifact_copy)
 
 
 def test_another_machine_replays_again(
@@ -58,7 +89,19 @@ def other_numpy(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replayed.np, "__version__", "0.0.1")
 
 
-@pytest.mark.parametrize("change", [other_manifest, other_flags, other_numpy])
+def other_processor(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replayed, "processor_model", lambda: "model name Other")
+
+
+def other_features(_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = replayed.this_machine(cuda=False)
+    fewer = replace(machine, features=machine.features[1:])
+    monkeypatch.setattr(replayed, "this_machine", lambda cuda: fewer)
+
+
+@pytest.mark.parametrize(
+    "change", [other_manifest, other_flags, other_numpy, other_processor, other_features]
+)
 def test_a_change_replays_again(
     replays: list[str],
     tiny_model: Any,

@@ -75,7 +75,7 @@ import json, os, sys
 from precast import cli
 from precast.loaders.serving.logs import Log
 def message(self, text):
-    if "loaded and verified" in text:
+    if ": loaded" in text:
         print(json.dumps(sorted(sys.modules)), flush=True)
         os._exit(0)
 Log.message = message

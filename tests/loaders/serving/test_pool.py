@@ -15,7 +15,7 @@ import pytest
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.serving.errors import ApiError
-from precast.loaders.serving.loading import early_load, measure
+from precast.loaders.serving.loading import Loaded, early_load, measure
 from precast.loaders.serving.pool import Pool
 from precast.loaders.serving.settings import ServeSettings
 from precast.loaders.serving.sources import named_sources
@@ -71,7 +71,7 @@ def test_a_model_is_loaded_once_for_many_requests(folders) -> None:
         return loaded(pool)
 
     assert run(folders, work) == "b"
-    assert len([line for line in LOG if "loaded and verified" in line]) == 1
+    assert len([line for line in LOG if ": loaded" in line]) == 1
 
 
 def test_the_least_recently_used_model_is_unloaded(folders) -> None:
@@ -158,7 +158,7 @@ def test_three_models_in_the_memory_of_two_answer_a_mixed_load(folders, monkeypa
         engine = SimpleNamespace(slots=8)
 
     def load(*_: Any) -> Any:
-        return Stub()
+        return Loaded(Stub(), is_replayed=True)
 
     monkeypatch.setattr("precast.loaders.serving.pool.load_verified", load)
 
