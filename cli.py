@@ -260,10 +260,16 @@ def chat(
 @click.argument("artifact", type=options.ARTIFACT)
 @click.argument("source", metavar="INPUT", type=options.PATH)
 @click.argument("output", metavar="OUTPUT", type=options.PATH)
+@options.TEMPLATE_VARIABLES
 @options.sampling
 @options.loading
 def batch(
-    artifact: Path | str, source: Path, output: Path, sampling: "SamplingOptions", loading: "LoadOptions"
+    artifact: Path | str,
+    source: Path,
+    output: Path,
+    template_variables: "Mapping[str, Any]",
+    sampling: "SamplingOptions",
+    loading: "LoadOptions",
 ) -> int:
     """Answer the requests in the file INPUT with ARTIFACT.
 
@@ -280,7 +286,9 @@ def batch(
     """
     from precast.loaders.console import batch as console
 
-    return console.run(artifact, source, output, sampling=sampling, loading=loading)
+    return console.run(
+        artifact, source, output, template_variables=template_variables, sampling=sampling, loading=loading
+    )
 
 
 @main.command()

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from .artifact.errors import PrecastError
@@ -76,12 +77,20 @@ class _Request(NamedTuple):
     fields: Mapping[str, Any] | _Failure
 
 
+class _Defaults(NamedTuple):
+    """The sampling parameters and the variables of the chat template that the fields of a request override."""
+
+    params: SamplingParams
+    variables: Mapping[str, Any]
+
+
 def run(
     model: "Model",
     source: Path,
     target: Path,
     params: SamplingParams,
     *,
+    template_variables: Mapping[str, Any] = MappingProxyType({}),
     progress: Progress = silent,
 ) -> BatchResult:
     """Answer every request of a file.
@@ -95,6 +104,7 @@ def run(
         target: the file of records: JSON lines, or a Parquet file if the name ends in .parquet. A Parquet file is
             written at the end; until then, the records are in a file with `.partial.jsonl` appended to the name.
         params: default sampling parameters, which the fields of a request override.
+        template_variables: default variables of the chat template, which those of a request override.
         progress: receives the number of records written.
 
     Raises:
@@ -105,14 +115,15 @@ def run(
     if is_parquet and target.exists():
         raise PrecastError(f"{target}: exists already; remove it, or choose another output.")
     records = target.with_name(target.name + ".partial.jsonl") if is_parquet else target
-    identity = _identity(model, params)
+    defaults = _Defaults(params, template_variables)
+    identity = _identity(model, defaults)
     total = _count(source)
     with _opened(records) as file:
         requests = _requests(source, identity)
         counts = _keep_records(file, requests, records, source)
         kept = sum(counts)
         progress(_step(kept, total))
-        for record in _answers(model, requests, params):
+        for record in _answers(model, requests, defaults):
             counts["error" in record] += 1
             # JSON may contain a lone surrogate, which UTF-8 cannot encode. The error handler writes it as a JSON
             # escape.
@@ -125,8 +136,8 @@ def run(
     return BatchResult(kept, *counts)
 
 
-def _identity(model: "Model", params: SamplingParams) -> bytes:
-    """Return the bytes that identify the model and the default parameters in each request's key.
+def _identity(model: "Model", defaults: _Defaults) -> bytes:
+    """Return the bytes that identify the model and the defaults in each request's key.
 
     They cover the model's name, weights, tokenizer and chat templates. Stored prefixes are left out, because they do
     not change answers.
@@ -138,7 +149,8 @@ def _identity(model: "Model", params: SamplingParams) -> bytes:
         for name, entry in manifest.files.items()
         if name.endswith(_DECIDING) and name not in stored
     }
-    return repr((manifest.name, sorted(files.items()), params)).encode()
+    variables = [json.dumps(defaults.variables, sort_keys=True)] if defaults.variables else []
+    return repr((manifest.name, sorted(files.items()), defaults.params, *variables)).encode()
 
 
 def _step(done: int, total: int) -> Step:
@@ -259,14 +271,12 @@ def _keep_records(file: IO[bytes], requests: Iterator[_Request], records: Path, 
 # --- answers ------------------------------------------------------------------------------------------------
 
 
-def _answers(
-    model: "Model", requests: Iterator[_Request], params: SamplingParams
-) -> Iterator[dict[str, Any]]:
+def _answers(model: "Model", requests: Iterator[_Request], defaults: _Defaults) -> Iterator[dict[str, Any]]:
     """Yield the record of each request, in the order of the requests."""
     while window := list(islice(requests, _WINDOW)):
         done: dict[int, dict[str, Any]] = {}
         place = 0
-        for index, result in _results(model, window, params):
+        for index, result in _results(model, window, defaults):
             done[index] = _record(window[index], result)
             while place in done:
                 yield done.pop(place)
@@ -274,7 +284,7 @@ def _answers(
 
 
 def _results(
-    model: "Model", window: Sequence[_Request], params: SamplingParams
+    model: "Model", window: Sequence[_Request], defaults: _Defaults
 ) -> "Iterator[tuple[int, Completion | _Failure]]":
     """Run as many requests at a time as the model has slots; yield each request's index and result on completion."""
     waiting = iter(enumerate(window))
@@ -283,7 +293,7 @@ def _results(
         while True:
             while len(running) < model.engine.slots and (following := next(waiting, None)) is not None:
                 index, request = following
-                started = _start(model, request, params)
+                started = _start(model, request, defaults)
                 if isinstance(started, _Failure):
                     yield index, started
                 else:
@@ -304,19 +314,19 @@ def _results(
             stream.close()
 
 
-def _start(model: "Model", request: _Request, params: SamplingParams) -> "Stream | _Failure":
+def _start(model: "Model", request: _Request, defaults: _Defaults) -> "Stream | _Failure":
     """Start the generation of a request; return an error if the request is malformed or does not suit the model."""
     if isinstance(request.fields, _Failure):
         return request.fields
     try:
-        return _stream(model, request.fields, params)
+        return _stream(model, request.fields, defaults)
     except PrecastError as error:
         return _Failure(_INVALID, str(error))
     except RecursionError:  # the checks may need more stack than the JSON parser did
         return _Failure(_INVALID, f"request: expected a JSON object, found {_TOO_DEEP}.")
 
 
-def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) -> "Stream":
+def _stream(model: "Model", request: Mapping[str, Any], defaults: _Defaults) -> "Stream":
     """Start the generation of a request.
 
     Raises:
@@ -328,7 +338,7 @@ def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) 
     if (prompt is None) == (messages is None):
         found = "neither" if prompt is None else "both"
         raise PrecastError(f"request: expected either prompt or messages, found {found}.")
-    given = replace(params, **fields)
+    given = replace(defaults.params, **fields)
     if prompt is not None:
         for name, value in (("tools", tools), ("tool_choice", choice), ("chat_template_kwargs", variables)):
             if value is not None:
@@ -337,6 +347,8 @@ def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) 
     if choice == "none":
         # Without tools, the template offers no tools to the model, and the parser treats no text as a tool call.
         tools, choice = None, None
+    if variables is None or isinstance(variables, Mapping):
+        variables = {**defaults.variables, **(variables or {})} or None
     return model.stream_chat(
         messages, given, tools=tools, tool_choice=_tool_choice(choice), template_variables=variables
     )

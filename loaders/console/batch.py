@@ -1,8 +1,10 @@
 """The command ``precast batch``."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..artifact.errors import PrecastError, printable
 from ..artifact.interrupt import raise_on_interrupt
@@ -11,9 +13,23 @@ from .run import LoadOptions, SamplingOptions
 
 
 def run(
-    artifact: Path | str, source: Path, target: Path, *, sampling: SamplingOptions, loading: LoadOptions
+    artifact: Path | str,
+    source: Path,
+    target: Path,
+    *,
+    template_variables: Mapping[str, Any],
+    sampling: SamplingOptions,
+    loading: LoadOptions,
 ) -> int:
     """Answer every request in a file, and print the numbers of answers and errors on standard error.
+
+    Args:
+        artifact: a path or a URL.
+        source: the file of requests.
+        target: the file of answers.
+        template_variables: variables of the chat template; those of a request take precedence.
+        sampling: sampling parameters; those of a request take precedence.
+        loading: options for loading.
 
     Returns:
         The exit code: 0 if all requests were answered, 1 if some requests failed.
@@ -31,7 +47,9 @@ def run(
         params = replace(model.default_sampling(), **sampling.given())
         try:
             with raise_on_interrupt():
-                found = batch.run(model, source, target, params, progress=display)
+                found = batch.run(
+                    model, source, target, params, template_variables=template_variables, progress=display
+                )
         except KeyboardInterrupt:
             display.log("Interrupted; run the same command again to answer the remaining requests.")
             raise

@@ -111,7 +111,7 @@ def test_a_request_is_answered_again_if_the_files_that_decide_its_answer_change(
         files = {path: SimpleNamespace(sha256=changed.get(name, "0")) for name, path in names.items()}
         files |= {prefix.arrays: SimpleNamespace(sha256="1") for prefix in prefixes}
         manifest = SimpleNamespace(name="m", files=files, prefixes=prefixes)
-        return batch._identity(SimpleNamespace(manifest=manifest), PARAMS)  # type: ignore[arg-type]
+        return batch._identity(SimpleNamespace(manifest=manifest), batch._Defaults(PARAMS, {}))  # type: ignore[arg-type]
 
     changes = [{}, {"weights": "1"}, {"tokenizer": "1"}, {"template": "1"}]
     assert len({identity(**change) for change in changes}) == 4

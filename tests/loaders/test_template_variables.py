@@ -1,12 +1,14 @@
 """Variables of a chat template, given in Python, on the command line, or for a prefix."""
 
 import hashlib
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import precast
 from precast.loaders.add_prefix import PrefixSource, prefix_tokens
 from precast.loaders.artifact.errors import PrecastError
 
@@ -71,6 +73,23 @@ def test_variables_reach_the_template(record: Any, cli: Any, artifact_copy: Any,
     found = record(artifact_copy, "-p", "the cat", "-n", "1", "--echo", *options)
     assert found["text"].startswith("a=b1+2the cat")
     assert cli("chat", artifact_copy, "-n", "1", *options, stdin="the dog").exit_code == 0
+
+
+def test_variables_of_a_batch_are_defaults_for_its_requests(
+    cli: Any, artifact_copy: Any, edit_manifest: Any, tmp_path: Path
+) -> None:
+    replace_template(artifact_copy, "{{ mood }}{{ messages[-1].content }}", edit_manifest)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    own = [{}, {"chat_template_kwargs": {"mood": "the dog sat on "}}, {"chat_template_kwargs": {"other": 1}}]
+    source.write_text("".join(json.dumps({"messages": [USER], **each}) + "\n" for each in own))
+    given = ("batch", artifact_copy, source, target, "-n", "1")
+    assert cli(*given, "--template-variable", 'mood="a "').exit_code == 0
+    found = [json.loads(line)["prompt_tokens"] for line in target.read_text().splitlines()]
+    encode = precast.load(artifact_copy).tokenizer.encode
+    texts = [mood + USER["content"] for mood in ("a ", "the dog sat on ", "a ")]
+    assert found == [len(encode(text, add_special_tokens=False)) for text in texts]
+    # Records of other variables are not kept.
+    assert cli(*given, "--template-variable", 'mood="b "').exit_code == 2
 
 
 @pytest.mark.parametrize(
