@@ -195,8 +195,10 @@ class Model:
         """
         from . import together
 
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
+
         def make(chosen: SamplingParams) -> TokenSequence:
-            return self._sequence(self._request(prompt, chosen), most_unread=None)
+            return self._sequence(self._request(ids, chosen), most_unread=None)
 
         return together.answers(
             self.scheduler, make, count, params or self.default_sampling(), self.engine.slots
@@ -265,7 +267,15 @@ class Model:
         from . import chats
 
         form = chats.chat_form(tools, template, literal, answer_format, tool_choice, template_variables)
-        return Stream(self.scheduler, self._chat_sequence(messages, params, form))
+        (stream,) = self.stream_chat_answers(messages, [params], form)
+        return stream
+
+    def stream_chat_answers(
+        self, messages: Sequence[Message], params: Iterable[SamplingParams | None], form: "ChatForm"
+    ) -> list[Stream]:
+        """Return a stream for each set of sampling parameters; the conversation is tokenised once."""
+        make = self._chat_maker(messages, form, most_unread=UNREAD_PIECES)
+        return [Stream(self.scheduler, make(chosen)) for chosen in params]
 
     def chat_each(
         self,
@@ -285,7 +295,7 @@ class Model:
         form = chats.chat_form(tools, template, literal, answer_format, tool_choice, template_variables)
 
         def make(messages: Sequence[Message], chosen: SamplingParams | None) -> TokenSequence:
-            return self._chat_sequence(messages, chosen, form, most_unread=None)
+            return self._chat_maker(messages, form, most_unread=None)(chosen)
 
         sequences = (partial(make, *pair) for pair in together.pairs(conversations, params))
         return together.results(self.scheduler, sequences, self.engine.slots)
@@ -307,22 +317,15 @@ class Model:
         from . import chats, together
 
         form = chats.chat_form(tools, template, literal, answer_format, tool_choice, template_variables)
-
-        def make(chosen: SamplingParams) -> TokenSequence:
-            return self._chat_sequence(messages, chosen, form, most_unread=None)
-
+        make = self._chat_maker(messages, form, most_unread=None)
         return together.answers(
             self.scheduler, make, count, params or self.default_sampling(), self.engine.slots
         )
 
-    def _chat_sequence(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams | None,
-        form: "ChatForm",
-        *,
-        most_unread: int | None = UNREAD_PIECES,
-    ) -> TokenSequence:
+    def _chat_maker(
+        self, messages: Sequence[Message], form: "ChatForm", *, most_unread: int | None
+    ) -> Callable[[SamplingParams | None], TokenSequence]:
+        """Tokenise a conversation, and return a function that makes a sequence for one answer to it."""
         from . import chats  # lazily, because few prompts are chats
 
         ids = self.chat_prompt(
@@ -332,11 +335,15 @@ class Model:
             literal=form.literal,
             template_variables=form.template_variables,
         )
-        parser = chats.parser_of(self.tokenizer, ids, form)
-        request = self._request(
-            ids, params, lambda chosen: chats.constraint_of(chosen, parser, self.tokenizer, ids, form)
-        )
-        return self._sequence(request, most_unread=most_unread, parser=parser)
+
+        def make(params: SamplingParams | None) -> TokenSequence:
+            parser = chats.parser_of(self.tokenizer, ids, form)
+            request = self._request(
+                ids, params, lambda chosen: chats.constraint_of(chosen, parser, self.tokenizer, ids, form)
+            )
+            return self._sequence(request, most_unread=most_unread, parser=parser)
+
+        return make
 
     def chat_prompt(
         self,

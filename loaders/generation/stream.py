@@ -136,9 +136,10 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     A piece contains no incomplete character and no part of a stop string. The generation starts when the first piece is
     read. While a reader waits for a piece, its thread computes, or waits for another thread that computes. Streams of
-    one model advance together, each at most 64 pieces ahead of its reader. The slot in the KV cache is freed at the
-    end of the generation, by `close`, at the end of a ``with`` block, or with the last reference to the stream,
-    whichever comes first.
+    one model advance together. A stream pauses when 64 pieces wait for its reader, unless another stream waits and no
+    slot is free; the last call before the pause may add the further tokens of a draft. The slot in the KV cache is
+    freed at the end of the generation, by `close`, at the end of a ``with`` block, or with the last reference to the
+    stream, whichever comes first.
 
     ``async for`` computes in a worker thread of the event loop's default executor, so it never blocks the loop. All
     streams of the loop share that thread, which computes ahead while the loop is busy. Cancelling the task ends the

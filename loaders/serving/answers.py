@@ -20,6 +20,7 @@ from .requests import Arriving, Request, timed_out
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
+    from ..generation.chats import ChatForm
     from ..generation.model import Message, Model, Prompt
     from ..generation.stream import Completion, Stream
     from ..text.answer_parser import Delta
@@ -222,7 +223,7 @@ def _streams(model: "Model", ask: Ask, settings: ServeSettings, request: Request
     # Once for all answers.
     params = params.with_word_ids(partial(model.tokenizer.encode, add_special_tokens=False))
     if ask.prompts is None:
-        streams = [_chat_stream(model, ask, settings, each) for each in params.for_answers(ask.count)]
+        streams = model.stream_chat_answers(ask.messages, params.for_answers(ask.count), _form(ask, settings))
     else:
         prompts = [_tokenised(model, prompt) for prompt in ask.prompts]
         pairs = [(prompt, each) for prompt in prompts for each in params.for_answers(ask.count)]
@@ -237,15 +238,11 @@ def _tokenised(model: "Model", prompt: "Prompt") -> "Prompt":
     return model.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
 
 
-def _chat_stream(model: "Model", ask: Ask, settings: ServeSettings, params: SamplingParams) -> "Stream":
-    return model.stream_chat(
-        ask.messages,
-        params,
-        tools=ask.tools,
-        literal=settings.literal,
-        answer_format=settings.answer_format,
-        tool_choice=ask.tool_choice,
-        template_variables=ask.template_variables,
+def _form(ask: Ask, settings: ServeSettings) -> "ChatForm":
+    from ..generation.chats import chat_form
+
+    return chat_form(
+        ask.tools, None, settings.literal, settings.answer_format, ask.tool_choice, ask.template_variables
     )
 
 

@@ -162,7 +162,8 @@ async def _events(answers: Answers, head: Mapping[str, Any], ask: Ask) -> AsyncI
         for each in blocks.close():
             yield _named(each)
         done = answers.completion()
-        ended = _ended(done, answers.model, ask)
+        # In a thread, because reasoning is tokenised.
+        ended = await asyncio.to_thread(_ended, done, answers.model, ask)
         usage = ended.pop("usage")
         yield _named({"type": "message_delta", "delta": ended, "usage": usage})
         yield _named({"type": "message_stop"})

@@ -160,7 +160,8 @@ async def _events(answers: Answers, head: Mapping[str, Any]) -> AsyncIterator[di
         done = answers.completion()
         for kind, fields in items.close(done):
             yield numbered(kind, **fields)
-        ended = {**head, **_ended(done, items.items, answers)}
+        # In a thread, because reasoning is tokenised.
+        ended = {**head, **await asyncio.to_thread(_ended, done, items.items, answers)}
         yield numbered(f"response.{ended['status']}", response=ended)
     except ApiError as error:
         fault = {"code": "server_error", "message": str(error)}

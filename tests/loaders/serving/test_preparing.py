@@ -97,6 +97,26 @@ def test_a_deadline_during_preparation() -> None:
     asyncio.run(main())
 
 
+def test_answers_to_one_chat_share_its_prompt(tiny_artifact, monkeypatch) -> None:
+    model = precast.load(tiny_artifact)
+    prompts: list[Any] = []
+    chat_prompt = model.chat_prompt
+
+    def counted(messages: Any, **options: Any) -> list[int]:
+        prompts.append(messages)
+        return chat_prompt(messages, **options)
+
+    monkeypatch.setattr(model, "chat_prompt", counted)
+    messages = [{"role": "user", "content": "the cat"}]
+    streams = _streams(
+        model, Ask(model="", fields={}, count=3, messages=messages), ServeSettings(), request(60)
+    )
+    assert len(streams) == 3
+    assert prompts == [messages]
+    assert len(model.chat_answers(messages, 3, precast.SamplingParams(max_tokens=1))) == 3
+    assert prompts == [messages] * 2
+
+
 def test_answers_to_one_prompt_share_its_preparation(tiny_artifact, monkeypatch) -> None:
     """The time limit counts from the end of the preparation."""
     left = iter([9.0, 5.0, 4.0, 3.0])
