@@ -1,6 +1,10 @@
 """A short run of `make soak`, and proof that it notices wrong answers."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,22 @@ def test_a_mixed_load(python, export_tiny, tiny_source, count):
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["soak"]["findings"] == found["unsupported"] == 0
     assert found["requests"]["200"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_ends_its_server(tiny_artifact, number):
+    command = [sys.executable, str(FUZZ / "soak.py"), "--artifact", str(tiny_artifact)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert run.stderr is not None
+        server = int(run.stderr.readline().rpartition(" ")[2])
+        run.send_signal(number)
+        assert run.wait(60) != 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(server, 0)
+    finally:
+        run.kill()
+        run.stderr.close()
 
 
 def _gigabytes(artifact: Path) -> float:

@@ -85,6 +85,11 @@ class Server:
         with self.samples.open("wb") as file:
             self._watcher = subprocess.Popen(command, stdout=file)
 
+    def close(self) -> None:
+        """End the server if it runs."""
+        if self._starts and self.process.poll() is None:
+            self.end(signal.SIGTERM)
+
     def end(self, number: int) -> int:
         """Send the server a signal, and return its exit code."""
         self.process.send_signal(number)
@@ -343,6 +348,9 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
+    # The default action would leave the server running, and a shell lets background processes ignore SIGINT.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options = parse_options()
     folder, began = Path(tempfile.mkdtemp(prefix="precast-soak-")), time.monotonic()
     try:
@@ -353,10 +361,11 @@ def main() -> None:
         server = Server(models, options.memory, folder)
         try:
             server.start()
+            print(f"server: process {server.process.pid}", file=sys.stderr)
             soak = Soak(server, [model.name for model in models], Random(options.seed))
             found = asyncio.run(run(soak, 60 * options.minutes))
         finally:
-            server.end(signal.SIGTERM)
+            server.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     faults = soak.faults + faults_of(found, is_warm=options.minutes >= WARM_MINUTES, is_strict=options.strict)
