@@ -60,7 +60,15 @@ def _get(
 
 
 def _post(
-    path: str, module: str, function: str, schema: str, summary: str, *, reply: str, api: str = "openai"
+    path: str,
+    module: str,
+    function: str,
+    schema: str,
+    summary: str,
+    *,
+    reply: str,
+    api: str = "openai",
+    schemas: str | None = None,
 ) -> ApiRoute:
     return ApiRoute(
         method="POST",
@@ -68,13 +76,21 @@ def _post(
         handler=Deferred(module=module, name=function),
         summary=summary,
         api=api,
-        body=Deferred(module=module, name=schema),
+        body=Deferred(module=schemas or module, name=schema),
         reply=reply,
     )
 
 
 ROUTES = (
-    _post("/v1/chat/completions", "openai.chat", "chat", "ChatRequest", "Answer a chat.", reply="chat_reply"),
+    _post(
+        "/v1/chat/completions",
+        "openai.chat",
+        "chat",
+        "ChatRequest",
+        "Answer a chat.",
+        reply="chat_reply",
+        schemas="openai.schemas",  # the module of the handler imports them only when it needs them
+    ),
     _post(
         "/v1/completions",
         "openai.completions",
@@ -181,7 +197,7 @@ def import_chat() -> None:
 
 def import_others() -> None:
     """Import the modules that other requests need, so that their first requests need not wait for it."""
-    handlers = (route.handler for route in ROUTES)
-    modules = dict.fromkeys(handler.module for handler in handlers if isinstance(handler, Deferred))
+    parts = (part for route in ROUTES for part in (route.handler, route.body))
+    modules = dict.fromkeys(part.module for part in parts if isinstance(part, Deferred))
     for module in modules:
         import_module(f".{module}", __package__)

@@ -11,9 +11,7 @@ from ...text.answer_parser import ContentDelta, ReasoningDelta, ToolCallDelta
 from ..answers import Answers, Ask, Services, answering
 from ..errors import ApiError, openai_error
 from ..requests import EventReply, Reply, Request, event, json_reply, text_event
-from ..schema import parse
-from .schemas import ChatRequest
-from .translate import chat_ask
+from .plain import ChatAsk, plain_chat
 from .usage import DONE, fingerprint, timings, with_usage
 
 if TYPE_CHECKING:
@@ -25,21 +23,31 @@ if TYPE_CHECKING:
 
 async def chat(services: Services, request: Request, body: bytes) -> Reply | EventReply:
     """Answer a chat."""
-    given, ask = await services.prepare(request, lambda: _read(body))
+    ask, is_streamed, has_usage = await services.prepare(request, lambda: plain_chat(body) or _checked(body))
     async with AsyncExitStack() as stack:
         answers = await stack.enter_async_context(answering(services, request, ask))
         head = _head("chat.completion", answers.model, ask)
-        if given.stream:
-            has_usage = bool(given.stream_options and given.stream_options.include_usage)
+        if is_streamed:
             events = _events(answers, head | {"object": "chat.completion.chunk"}, ask, has_usage=has_usage)
             return EventReply(events=events, closing=stack.pop_all())
         # In a thread, because log-probabilities can make megabytes.
         return await asyncio.to_thread(_reply, await answers.completions(), head, answers.model, ask)
 
 
-def _read(body: bytes) -> tuple[ChatRequest, Ask]:
+def _checked(body: bytes) -> ChatAsk:
+    """Check a request completely.
+
+    Raises:
+        ApiError: the body does not fit the schema, or parameters contradict each other.
+    """
+    # Lazy imports, because the first answer rarely needs pydantic, whose import takes 60 ms.
+    from ..schema import parse
+    from .schemas import ChatRequest
+    from .translate import chat_ask
+
     given = parse(ChatRequest, body)
-    return given, chat_ask(given)
+    has_usage = bool(given.stream_options and given.stream_options.include_usage)
+    return ChatAsk(chat_ask(given), bool(given.stream), has_usage)
 
 
 def _reply(done: "Sequence[Completion]", head: Mapping[str, Any], model: "Model", ask: Ask) -> Reply:

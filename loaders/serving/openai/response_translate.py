@@ -5,6 +5,7 @@ from typing import Any
 
 from ..answers import Ask
 from ..errors import ApiError
+from .plain import ROLES
 from .response_schemas import (
     CallItem,
     ChosenFunction,
@@ -16,7 +17,7 @@ from .response_schemas import (
     ResponseRequest,
     TextConfig,
 )
-from .translate import ROLES, check_strict, reserved
+from .translate import check_strict, reserved
 
 
 def response_ask(request: ResponseRequest, before: Sequence[Mapping[str, Any]]) -> Ask:

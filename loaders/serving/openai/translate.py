@@ -5,6 +5,7 @@ from typing import Any
 
 from ..answers import Ask
 from ..errors import ApiError
+from .plain import ROLES
 from .schemas import (
     MOST_STOPS,
     ChatRequest,
@@ -36,8 +37,6 @@ _SAME = (
     "grammar",
     "choice",
 )
-# Roles that chat templates know by another name.
-ROLES = {"developer": "system"}
 
 
 def chat_ask(request: ChatRequest) -> Ask:

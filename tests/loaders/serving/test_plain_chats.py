@@ -1,0 +1,107 @@
+"""The check of plain chats without pydantic accepts nothing else than the complete check, and gives the same result."""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from precast.loaders.serving.errors import ApiError
+from precast.loaders.serving.openai.chat import _checked
+from precast.loaders.serving.openai.plain import ChatAsk, plain_chat
+
+CHAT: Any = {"model": "demo", "messages": [{"role": "user", "content": "Hi."}]}
+_NUMBERS = (
+    *(-1, -0.1, 0, 0.0, 0.5, 1, 1.0, 1.1, 2, 2.0, 2.1, 3, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30),
+    *(1e300, float("nan"), float("inf")),
+)
+_VALUES = st.one_of(
+    st.sampled_from(_NUMBERS),
+    st.none(),
+    st.booleans(),
+    st.sampled_from(["", "a", "system"]),
+    st.sampled_from([[], {}, {"include_usage": True}, {"include_usage": 1}, {"include_usage": None}]),
+)
+_NAMES = st.sampled_from(
+    [
+        *("temperature", "top_p", "min_p", "top_k", "seed", "max_tokens", "stream", "stream_options"),
+        *("ignore_eos", "model", "n", "unknown"),
+    ]
+)
+_TEXTS = st.sampled_from(["", "a", "\0", "é\n", "\ud800"])
+_MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from(["system", "developer", "user", "assistant", "tool", "other", 1, []]),
+            "content": st.one_of(_TEXTS, st.none(), st.just([{"type": "text", "text": "a"}])),
+            "name": _TEXTS,
+        },
+    ),
+    max_size=3,
+)
+
+
+def shown(found: ChatAsk) -> str:
+    """Return a text that differs for 1, 1.0 and True."""
+    return json.dumps([vars(found.ask), found.is_streamed, found.has_usage], sort_keys=True)
+
+
+def same(body: bytes) -> bool:
+    """Return True if the check of plain chats leaves the body to the complete check, or gives the same result."""
+    if (found := plain_chat(body)) is None:
+        return True
+    with suppress(ApiError):
+        return shown(found) == shown(_checked(body))
+    return False
+
+
+@given(st.dictionaries(_NAMES, _VALUES, max_size=4), st.booleans(), _MESSAGES)
+def test_both_checks_agree(options, has_chat, messages) -> None:
+    body = {**CHAT, **options, **({} if has_chat else {"messages": messages})}
+    assert same(json.dumps(body).encode())
+    assert same(json.dumps(body, ensure_ascii=False).encode(errors="surrogatepass"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": 0,
+            "seed": 7,
+            "max_tokens": 9,
+        },
+        {"temperature": 2, "top_p": 1, "min_p": 0.5, "top_k": 0, "ignore_eos": False, "stream": None},
+        {"messages": [{"role": "developer", "content": "é\n"}, {"role": "assistant", "content": ""}]},
+    ],
+)
+def test_plain_chats_need_no_complete_check(options) -> None:
+    body = json.dumps({**CHAT, **options}, ensure_ascii=False).encode()
+    found = plain_chat(body)
+    assert found is not None
+    assert shown(found) == shown(_checked(body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff",
+        b"[" * 60_000,
+        json.dumps(CHAT).encode("utf-16"),
+        json.dumps({**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}).encode(),
+        json.dumps(CHAT).encode() + b" " * (1 << 16),
+        json.dumps({**CHAT, "tools": []}).encode(),
+        json.dumps({**CHAT, "stream_options": {"include_usage": True}}).encode(),
+        json.dumps({**CHAT, "seed": -1}).encode(),
+    ],
+)
+def test_everything_else_needs_the_complete_check(body) -> None:
+    assert plain_chat(body) is None
