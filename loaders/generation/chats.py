@@ -1,6 +1,6 @@
 """Choose the parser and the constraint for the answer to a chat."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..artifact.errors import PrecastError
@@ -28,6 +28,7 @@ class ChatForm(NamedTuple):
     answer_format: str | None
     tool_choice: str
     template_variables: Mapping[str, Any] | None
+    strict: Set[str] = frozenset()
 
 
 def chat_form(
@@ -37,15 +38,19 @@ def chat_form(
     answer_format: str | None,
     tool_choice: str,
     template_variables: Mapping[str, Any] | None,
+    strict: Set[str] = frozenset(),
 ) -> ChatForm:
     """Check the tools and the template variables, and return a form that contains copies of them.
+
+    The other arguments are those of `Model.chat`, except `strict`: the names of the tools whose schemas apply to calls
+    even if the model is free to call tools.
 
     Raises:
         PrecastError: a tool is malformed, or a variable's name is reserved or its value is not JSON.
     """
     tools = None if tools is None else checked_tools(tools)
     variables = None if template_variables is None else plain_variables(template_variables)
-    return ChatForm(tools, template, literal, answer_format, tool_choice, variables)
+    return ChatForm(tools, template, literal, answer_format, tool_choice, variables, strict)
 
 
 def parser_of(tokenizer: "Tokenizer", prompt: Sequence[int], form: ChatForm) -> "AnswerParser | None":
@@ -89,7 +94,7 @@ def constraint_of(
             the tools exceed a limit; or the parameters contain a constraint or set ignore_eos.
     """
     text = params.constraint
-    if form.tool_choice != AUTO:
+    if form.tool_choice != AUTO or (form.tools and form.strict):
         text = _calls(params, parser, tokenizer, form)
     if text is None or parser is None or not parser.form.reasoning:
         return text
@@ -104,11 +109,14 @@ def constraint_of(
 def _calls(
     params: "SamplingParams", parser: "AnswerParser | None", tokenizer: "Tokenizer", form: ChatForm
 ) -> "ConstraintText":
-    """Return the constraint of an answer that consists of tool calls only."""
+    """Return the constraint of an answer that must, or may, contain tool calls."""
     if parser is None or not parser.form.calls or not form.tools:
         raise PrecastError(
             "tool_choice: expected tools, and a chat template that prescribes a known form of tool calls; give tools,"
             " or name the form with answer_format."
+            if form.tool_choice != AUTO
+            else "tools: strict needs a chat template that prescribes a known form of tool calls; leave out strict, or"
+            " name the form with answer_format."
         )
     if params.constraint is not None:
         raise PrecastError(
@@ -119,7 +127,9 @@ def _calls(
             "Sampling parameters: ignore_eos must be false with tool_choice, because only an end token can follow a"
             " complete answer."
         )
-    from ..text.tool_grammar import tool_grammar
+    from ..text.tool_grammar import free_tool_grammar, tool_grammar
     from .constraint_texts import tool_constraint
 
+    if form.tool_choice == AUTO:
+        return tool_constraint(*free_tool_grammar(parser.form, form.tools, form.strict, tokenizer))
     return tool_constraint(*tool_grammar(parser.form, form.tools, form.tool_choice, tokenizer))

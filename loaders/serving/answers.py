@@ -43,6 +43,7 @@ class Ask(Frozen):
         messages: the messages of the chat.
         tools: the tools that the model may call.
         tool_choice: as for `Model.chat`.
+        strict: names of the tools whose schemas apply to calls even if the model is free to call tools.
         is_single_call: True if an answer ends after its first tool call.
         template_variables: further variables of the chat template.
     """
@@ -54,6 +55,7 @@ class Ask(Frozen):
     messages: "Sequence[Message]" = ()
     tools: Sequence[Mapping[str, Any]] | None = None
     tool_choice: str = "auto"
+    strict: frozenset[str] = frozenset()
     is_single_call: bool = False
     template_variables: Mapping[str, Any] | None = None
 
@@ -242,7 +244,13 @@ def _form(ask: Ask, settings: ServeSettings) -> "ChatForm":
     from ..generation.chats import chat_form
 
     return chat_form(
-        ask.tools, None, settings.literal, settings.answer_format, ask.tool_choice, ask.template_variables
+        ask.tools,
+        None,
+        settings.literal,
+        settings.answer_format,
+        ask.tool_choice,
+        ask.template_variables,
+        ask.strict,
     )
 
 

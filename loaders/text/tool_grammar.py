@@ -1,10 +1,11 @@
-"""The grammar of an answer that consists of tool calls only, in llguidance's variant of Lark's syntax.
+"""The grammar of an answer that must or may contain tool calls, in llguidance's variant of Lark's syntax.
 
 The arguments of a call follow the JSON Schema of its tool.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..artifact.errors import PrecastError
@@ -12,7 +13,7 @@ from .tool_calls import NamedJsonBody, tool_schemas
 from .vocabulary_bytes import grammar_symbol
 
 if TYPE_CHECKING:
-    from .answer_formats import AnswerFormat
+    from .answer_formats import AnswerFormat, CallSyntax
     from .tokenizer import Tokenizer
 
 # The choice that requires a call of any tool. Every other choice is the name of the tool to call.
@@ -39,7 +40,7 @@ class ToolGrammar(NamedTuple):
 def tool_grammar(
     form: "AnswerFormat", tools: Sequence[Mapping[str, Any]], choice: str, tokenizer: "Tokenizer"
 ) -> ToolGrammar:
-    """Return the grammar of 1 to 16 calls, or of exactly 1 call for the family "llama3".
+    """Return the grammar of an answer of 1 to 16 calls, or of exactly 1 call for the family "llama3".
 
     Args:
         form: the form of the answer.
@@ -56,12 +57,62 @@ def tool_grammar(
         raise PrecastError(
             f"tool_choice: expected {REQUIRED!r}, 'auto' or the name of a tool, found {choice!r:.60}."
         )
+    calls, rules = _rules(form, [name for name, _ in chosen], tokenizer)
+    lark = "\n".join((f"start: {calls}", *rules))
+    return ToolGrammar(lark, [(name, _arguments(schema)) for name, schema in chosen])
+
+
+def free_tool_grammar(
+    form: "AnswerFormat", tools: Sequence[Mapping[str, Any]], strict: Set[str], tokenizer: "Tokenizer"
+) -> ToolGrammar:
+    """Return the grammar of an answer of any text, which calls as those of `tool_grammar` may follow.
+
+    Args:
+        form: the form of the answer.
+        tools: a result of `checked_tools`.
+        strict: the names of the tools whose schemas apply. The arguments for other tools are any objects.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        PrecastError: as for `tool_grammar`.
+    """
+    chosen = {name: schema if name in strict else {} for name, schema in tool_schemas(tools).items()}
+    calls, rules = _rules(form, list(chosen), tokenizer)
+    opening = form.calls[0].opening
+    symbol = grammar_symbol(tokenizer, opening)
+    if form.name == "llama3":  # a call has no marker, and begins the answer
+        start = "TEXT? | call"
+        rules.append(rf"TEXT: /\s*[^\s{{](.|\n)*/{_without(form.calls)}")
+    elif symbol.startswith("<"):
+        start = f"TEXT? ({calls})?"
+        rules.append(rf"TEXT: /(.|\n)+/{_without(form.calls)}")
+    else:
+        # The text before a call ends with the first marker, or the marker itself could be text.
+        start = f"TEXT? | lead {calls.removeprefix(symbol)}"
+        rules.append(rf"lead[suffix={symbol}]: /(.|\n)*/{_without(form.calls[1:])}")
+        rules.append(rf"TEXT: /(.|\n)+/{_without(form.calls)}")
+    lark = "\n".join((f"start: {start}", *rules))
+    return ToolGrammar(lark, [(name, _arguments(schema)) for name, schema in chosen.items()])
+
+
+def _without(syntaxes: "Sequence[CallSyntax]") -> str:
+    """Return the intersection that excludes texts with the opening marker of a call."""
+    openings = [(syntax.at_start, re.escape(syntax.opening)) for syntax in syntaxes if syntax.opening]
+    places = ((r"\s*" if at_start else r"(.|\n)*", opening) for at_start, opening in openings)
+    return "".join(rf" & ~/{place}{opening}(.|\n)*/" for place, opening in places)
+
+
+def _rules(form: "AnswerFormat", names: Sequence[str], tokenizer: "Tokenizer") -> tuple[str, list[str]]:
+    """Return the expression for one or more calls, and the rules that the expression uses.
+
+    Raises:
+        PrecastError: the calls of the model family are not JSON, or a call cannot contain a tool's name.
+    """
     marks = {text: grammar_symbol(tokenizer, text) for text in form.markers()}
     is_named = form.name == "mistral" and marks["[ARGS]"].startswith("<")
     key = "parameters" if form.name == "llama3" else "arguments"
-    lines = [f"start: {_calls(form.name, marks, is_named)}"]
-    lines.append("call: " + " | ".join(f"call_{n}" for n in range(len(chosen))))
-    for n, (name, _) in enumerate(chosen):
+    lines = ["call: " + " | ".join(f"call_{n}" for n in range(len(names)))]
+    for n, name in enumerate(names):
         if is_named:
             if NamedJsonBody.NAME.fullmatch(name) is None:
                 raise PrecastError(
@@ -73,7 +124,7 @@ def tool_grammar(
             before = f'{{"name": {json.dumps(name)}, "{key}": '
             call = f'{json.dumps(before)} @arguments_{n} "}}"'
         lines.append(f"call_{n}: {call}")
-    return ToolGrammar("\n".join(lines), [(name, _arguments(schema)) for name, schema in chosen])
+    return _calls(form.name, marks, is_named), lines
 
 
 def _arguments(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,6 +157,6 @@ def _calls(family: str, marks: Mapping[str, str], is_named: bool) -> str:
         opening = marks["[TOOL_CALLS]"]
         return f"({opening} call){{1,{_MOST_CALLS}}}" if is_named else f'{opening} " " {array}'
     raise PrecastError(
-        f"tool_choice: calls of the family {family!r} cannot be required; leave out tool_choice, or set answer_format"
-        " to another family."
+        f"tool_choice: calls of the family {family!r} can be neither required nor strict; leave out tool_choice and"
+        " strict, or set answer_format to another family."
     )

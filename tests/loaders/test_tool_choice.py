@@ -10,6 +10,7 @@ import pytest
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SamplingDefaults
+from precast.loaders.generation.chats import chat_form
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.text.chat_messages import ChatOptions
@@ -104,6 +105,72 @@ def check(call: Any) -> None:
         assert (call.name, arguments) in (("say-hi.2", {}), ("say-hi.2", {"n": None}))
 
 
+FAMILIES = {
+    "hermes": "<tool_call>\n%s\n</tool_call>",
+    "llama3": "%s",
+    "mistral": "[TOOL_CALLS] [%s]",
+    "phi4": "<|tool_call|>[%s]<|/tool_call|>",
+    "granite": "<|tool_call|>[%s]",
+    "smollm3": "<tool_call>\n%s\n</tool_call>",
+}
+
+
+def free_answers(model: Model, family: str, strict: frozenset[str], count: int = 1) -> list[Any]:
+    """Return streams of answers that may call tools."""
+    form = chat_form(TOOLS, None, False, family, "auto", None, strict)
+    return model.stream_chat_answers(MESSAGES, [SamplingParams(max_tokens=600)] * count, form)
+
+
+@pytest.mark.parametrize("markers", [[], MARKERS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_of_strict_tools_follow_their_schemas_in_free_answers(random_model, family, markers):
+    model = random_model(markers)
+
+    def accepts(text: str, strict: frozenset[str] = frozenset({"look", "say-hi.2"})) -> bool:
+        """Return True if the text may be a whole answer."""
+        (stream,) = free_answers(model, family, strict)
+        constraint = stream._sequence.sampler._constraint
+        for token in [*model.tokenizer.encode(text, add_special_tokens=False), END]:
+            if not constraint.mask()[token // 32] >> np.uint32(token % 32) & 1:
+                return False
+            if token != END:
+                constraint.accept(token)
+        return True
+
+    key = "parameters" if family == "llama3" else "arguments"
+
+    def call(name: str, arguments: Any) -> str:
+        return FAMILIES[family] % f'{{"name": "{name}", "{key}": {json.dumps(arguments)}}}'
+
+    assert accepts("the cat <sat> [on] {1} functools")
+    assert accepts("")
+    for before in ("", "the cat") if family != "llama3" else ("",):
+        assert accepts(before + call("look", {"at": 'a "b"', "n": 7}))
+        assert accepts(before + call("say-hi.2", {}))
+        assert not accepts(before + call("look", {"at": 'a "b"', "n": -7}))
+        assert not accepts(before + call("other", {}))
+        assert accepts(before + call("look", {"n": "x"}), frozenset({"say-hi.2"}))
+        assert not accepts(before + call("say-hi.2", {"n": 3}), frozenset({"say-hi.2"}))
+
+
+@pytest.mark.parametrize("family", ["hermes", "mistral", "phi4", "granite", "smollm3"])
+def test_random_answers_call_strict_tools_by_their_schemas(random_model, family):
+    model, calls = random_model(MARKERS, seed=5), 0
+    for stream in free_answers(model, family, frozenset({"look", "say-hi.2"}), 12):
+        found = stream.finish()
+        for call in found.tool_calls:
+            check(call)
+        calls += len(found.tool_calls)
+    assert calls > 0
+
+
+def test_strict_tools_need_a_known_form_of_calls(random_model):
+    with pytest.raises(
+        PrecastError, match="tools: strict needs a chat template that prescribes a known form"
+    ):
+        free_answers(random_model([]), None, frozenset({"look"}))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("markers", [[], MARKERS, [*MARKERS, "[ARGS]"]])
 @pytest.mark.parametrize("family", ["hermes", "llama3", "mistral", "phi4", "granite", "smollm3"])
 def test_every_answer_is_calls_by_the_schemas(random_model, family, markers):
@@ -168,7 +235,7 @@ def test_a_model_may_reason_before_the_calls(scripted_model, marks, is_open):
     ("options", "text"),
     [
         ({"tools": TOOLS, "tool_choice": "walk"}, "tool_choice: expected 'required', 'auto' or the name of a tool"),
-        ({"tools": TOOLS, "answer_format": "gemma"}, "tool_choice: calls of the family 'gemma' cannot be required;"),
+        ({"tools": TOOLS, "answer_format": "gemma"}, "tool_choice: calls of the family 'gemma' can be neither"),
         ({"tools": TOOLS, "answer_format": None}, "tool_choice: expected tools, and a chat template that prescribes"),
         ({"tools": None}, "tool_choice: expected tools, and a chat template that prescribes a known form of tool"),
         (

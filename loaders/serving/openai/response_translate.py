@@ -17,7 +17,7 @@ from .response_schemas import (
     ResponseRequest,
     TextConfig,
 )
-from .translate import check_strict, reserved
+from .translate import reserved
 
 
 def response_ask(request: ResponseRequest, before: Sequence[Mapping[str, Any]]) -> Ask:
@@ -33,10 +33,6 @@ def response_ask(request: ResponseRequest, before: Sequence[Mapping[str, Any]]) 
     tools = request.tools if request.tools and request.tool_choice != "none" else None
     if request.tool_choice not in (None, "none", "auto") and not request.tools:
         raise ApiError(400, "tool_choice: expected tools with tool_choice, found none.", param="tool_choice")
-    is_enforced = request.tool_choice not in (None, "auto")
-    check_strict(
-        [(f"tools[{i}].strict", t.strict) for i, t in enumerate(tools or ())], is_enforced=is_enforced
-    )
     constraint = _constraint(request.text)
     if tools and constraint:
         text = (
@@ -52,6 +48,7 @@ def response_ask(request: ResponseRequest, before: Sequence[Mapping[str, Any]]) 
         messages=[*opening, *before, *new_messages(request.input)],
         tools=[_tool(tool) for tool in tools] if tools else None,
         tool_choice=_choice(request.tool_choice),
+        strict=frozenset(tool.name for tool in tools or () if tool.strict),
         is_single_call=request.parallel_tool_calls is False
         or isinstance(request.tool_choice, ChosenFunction),
     )

@@ -60,6 +60,7 @@ def chat_ask(request: ChatRequest) -> Ask:
         # Without tools, the template mentions none to the model, and the parser treats no text as a call.
         tools=[tool_of(tool) for tool in tools] if tools else None,
         tool_choice=_choice(request.tool_choice),
+        strict=frozenset(tool.function.name for tool in tools or () if tool.function.strict),
         # OpenAI's API calls a tool that is named exactly once.
         is_single_call=request.parallel_tool_calls is False or isinstance(request.tool_choice, ToolName),
         template_variables=request.chat_template_kwargs,
@@ -162,30 +163,8 @@ def _check_chat(request: ChatRequest) -> None:
     if uses_tools and not is_plain:
         text = "response_format: cannot be combined with tools, because a call would not fit it; give one of them."
         raise ApiError(400, text, param="response_format")
-    places = [(f"tools[{i}].function.strict", t.function.strict) for i, t in enumerate(request.tools or ())]
-    check_strict(places, is_enforced=request.tool_choice not in (None, "auto"))
     if request.tool_choice not in (None, "none", "auto") and not request.tools:
         raise ApiError(400, "tool_choice: expected tools with tool_choice, found none.", param="tool_choice")
-
-
-def check_strict(given: Sequence[tuple[str, bool | None]], *, is_enforced: bool) -> None:
-    """Refuse `strict` if nothing enforces the schemas of the tools.
-
-    Args:
-        given: the place and the value of `strict` for each tool.
-        is_enforced: True if the model must call tools.
-
-    Raises:
-        ApiError: a tool is strict, and the model is free not to call tools.
-    """
-    for place, is_strict in given:
-        if is_strict and not is_enforced:
-            raise ApiError(
-                400,
-                f"{place}: expected false, because schemas are enforced only if tool_choice is 'required' or"
-                " names a tool; set strict to false, or set tool_choice.",
-                param=place,
-            )
 
 
 def tool_of(tool: Tool) -> dict[str, Any]:

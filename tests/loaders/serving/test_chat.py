@@ -169,6 +169,30 @@ def test_a_required_call(openai) -> None:
     assert list(json.loads(call.function.arguments)) == ["place"]
 
 
+def test_calls_of_a_strict_tool_follow_its_schema_if_the_model_decides_to_call(openai) -> None:
+    """The earlier call has other arguments, which the model would repeat."""
+    place = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    function = {"name": "weather", "parameters": {**place, "additionalProperties": False}}
+    earlier = {"name": "weather", "arguments": '{"place": "Paris"}'}
+    messages: Any = [
+        {"role": "user", "content": "What is the weather in Paris?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "a12345678", "type": "function", "function": earlier}],
+        },
+        {"role": "tool", "tool_call_id": "a12345678", "content": "sunny"},
+        {"role": "user", "content": "What is the weather in Rome?"},
+    ]
+    found = {}
+    for strict in (False, True):
+        tools: Any = [{"type": "function", "function": {**function, "strict": strict}}]
+        answer = ask(openai, model="tools", messages=messages, tools=tools, max_tokens=60)
+        (call,) = answer.choices[0].message.tool_calls
+        found[strict] = list(json.loads(call.function.arguments))
+    assert found == {False: ["place"], True: ["city"]}
+
+
 def test_a_named_tool_in_a_stream_and_its_result(openai) -> None:
     named: Any = {"type": "function", "function": {"name": "weather"}}
     calls = []
