@@ -140,7 +140,7 @@ def test_json_objects_and_schemas(openai) -> None:
     assert isinstance(value["sure"], bool)
 
 
-@pytest.mark.parametrize("question", ["What is the capital of France?", "Who wrote Hamlet?"])
+@pytest.mark.parametrize("question", ["Hello", "Who wrote Hamlet?"])
 def test_whitespace_does_not_fill_a_structured_answer(openai, question) -> None:
     """Without a limit, this model repeats line feeds between the parts of these answers."""
     tags = {"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 3}
