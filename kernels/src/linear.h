@@ -31,20 +31,25 @@ struct Weight {
   bool TakesFloats() const { return !IsPacked() || (format == Format::kBlocks && blocks->HasFloatCodes()); }
   // True if activations are quantised to 16 bits.
   bool IsWide() const { return format == Format::kInt8 || (format == Format::kBlocks && blocks->IsWide()); }
-  // True if each half of a group has its own scale.
-  bool HasHalfScales() const { return format == Format::kBlocks && blocks->scales == Scales::kSuperOf16; }
+};
+
+// Sums of a group's bytes, for products with codes that represent their difference to a constant. Every four inputs are
+// two pairs. A pair of sums adds the first pairs, and the second pairs: of the first half of the group, of the second
+// half, and of the whole group.
+struct PairSums {
+  int16_t sums[3][2];
 };
 
 // Quantised activations; arrays that no weight of the call needs are null. With 8-bit weights, activations have 16 bits
 // and one scale per row. With narrower weights, they have 8 bits and one scale per group, which halves the number of
 // products.
 struct QuantizedRows {
-  int16_t* q = nullptr;          // [rows, in_pad]
-  float* scale = nullptr;        // [rows]
-  int8_t* bytes = nullptr;       // [rows, in_pad]
-  float* group_scale = nullptr;  // [rows, in_pad / kGroup]
-  float* sums = nullptr;         // [rows, in_pad / kGroup]: sum of a group's bytes times the group's scale
-  float* half_sums = nullptr;    // [rows, 2 * in_pad / kGroup]: the same for each half of a group
+  int16_t* q = nullptr;           // [rows, in_pad]
+  float* scale = nullptr;         // [rows]
+  int8_t* bytes = nullptr;        // [rows, in_pad]
+  float* group_scale = nullptr;   // [rows, in_pad / kGroup]
+  float* sums = nullptr;          // [rows, in_pad / kGroup]: sum of a group's bytes times the group's scale
+  PairSums* pair_sums = nullptr;  // [rows, in_pad / kGroup]
   int64_t in_pad = 0;
 };
 

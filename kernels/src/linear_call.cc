@@ -17,8 +17,8 @@ constexpr int64_t kTaskOutputs = 48;
 constexpr int64_t kRowBytes = 400 * 1024;
 // With more rows than this, a panel is enough work for a task.
 constexpr int64_t kFewRows = 12;
-// Rows that one task prepares.
-constexpr int64_t kPrepareRows = 8;
+// Rows that one task prepares: few, so that all threads prepare the rows of a batch of decode steps.
+constexpr int64_t kPrepareRows = 2;
 // Rows of the residual to prefetch ahead. A task adds one or two cache lines of each row, a pattern that hardware
 // prefetchers miss.
 constexpr int64_t kResidualAhead = 12;
@@ -27,18 +27,17 @@ constexpr int64_t kStackFloats = 2048;
 
 // Normalise the activations if the call has a norm, and quantise them if it has packed weights.
 LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearCall& c) {
-  bool floats = false, wide = false, narrow = false, halves = false;
+  bool floats = false, wide = false, narrow = false;
   for (const LinearPart& part : c.parts) {
     floats |= part.weight.TakesFloats();
     wide |= part.weight.IsWide();
     narrow |= !part.weight.TakesFloats() && !part.weight.IsWide();
-    halves |= part.weight.HasHalfScales();
   }
   LinearRows rows = {.x = c.x, .in = c.in};
   if (c.norm == nullptr && !wide && !narrow) return rows;
   const int64_t pad = RoundUp(c.in, kGroup), groups = pad / kGroup;
   const int64_t tasks = (c.rows + kPrepareRows - 1) / kPrepareRows;
-  arena.Reset(c.rows * (c.in * 4 + pad * 3 + (1 + 4 * groups) * 4));
+  arena.Reset(c.rows * (c.in * 4 + pad * 3 + (1 + 5 * groups) * 4));
   // If no product reads the normalised floats, one row for each task suffices.
   float* normed = c.norm == nullptr ? nullptr : arena.Take<float>((floats ? c.rows : tasks) * c.in);
   if (normed != nullptr && floats) rows.x = normed;
@@ -52,7 +51,7 @@ LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearC
     to.bytes = arena.Take<int8_t>(c.rows * pad);
     to.group_scale = arena.Take<float>(c.rows * groups);
     to.sums = arena.Take<float>(c.rows * groups);
-    if (halves) to.half_sums = arena.Take<float>(c.rows * groups * 2);
+    to.pair_sums = arena.Take<PairSums>(c.rows * groups);
   }
   team.For(tasks, [&](int64_t task) {
     const int64_t end = std::min(c.rows, (task + 1) * kPrepareRows);

@@ -55,9 +55,13 @@ struct Rows {
   Rows(const Ops& ops, const Floats& x, int64_t rows, int64_t in, Format format)
       : pad((in + kGroup - 1) / kGroup * kGroup), int4(format == Format::kInt4), q(int4 ? 0 : rows * pad, -77),
         bytes(int4 ? rows * pad : 0, -77), scale(int4 ? 0 : rows), group_scale(int4 ? rows * pad / kGroup : 0),
-        sum(group_scale.size) {
+        sum(group_scale.size), pair_sums(group_scale.size) {
     if (int4)
-      view = {.bytes = bytes.get(), .group_scale = group_scale.get(), .sums = sum.get(), .in_pad = pad};
+      view = {.bytes = bytes.get(),
+              .group_scale = group_scale.get(),
+              .sums = sum.get(),
+              .pair_sums = pair_sums.get(),
+              .in_pad = pad};
     else
       view = {.q = q.get(), .scale = scale.get(), .in_pad = pad};
     for (int64_t row = rows; row-- > 0;) {
@@ -79,7 +83,15 @@ struct Rows {
       total *= group_scale[g];
       if (Finite(g * kGroup / pad) && std::fabs(total) < 3e38)
         Near("sum of a group", sum[g], total, 2 * kUnit * std::fabs(total));
+      CheckPairs(bytes.get() + g * kGroup, pair_sums[g]);
     }
+  }
+  static void CheckPairs(const int8_t* group, const PairSums& found) {
+    int sums[3][2] = {};
+    for (int k = 0; k < kGroup; ++k)
+      for (int part : {k / 16, 2}) sums[part][k % 4 / 2] += group[k];
+    for (int part = 0; part < 3; ++part)
+      for (int pair = 0; pair < 2; ++pair) Near("sum of pairs", found.sums[part][pair], sums[part][pair], 0);
   }
   double Whole(int64_t row, int64_t k) const { return int4 ? bytes[row * pad + k] : q[row * pad + k]; }
   double Scale(int64_t row, int64_t k) const { return int4 ? group_scale[(row * pad + k) / kGroup] : scale[row]; }
@@ -91,6 +103,7 @@ struct Rows {
   Array<int16_t> q;
   Array<int8_t> bytes;
   Floats scale, group_scale, sum;
+  Array<PairSums> pair_sums;
   QuantizedRows view;
 };
 
@@ -138,13 +151,14 @@ void CheckBlocks(const Ops& ops, const BlockFormat& format, int64_t rows, int64_
   Array<int16_t> q(w.IsWide() ? rows * pad : 0);
   Array<int8_t> quantised(is_narrow ? rows * pad : 0);
   Floats x = Floats::Normal(rows * in), scale(rows), group_scale(rows * groups), sums(rows * groups);
-  Floats half_sums(w.HasHalfScales() ? 2 * rows * groups : 0), y(rows * outs), alone(outs);
+  Floats y(rows * outs), alone(outs);
+  Array<PairSums> pair_sums(is_narrow ? rows * groups : 0);
   const QuantizedRows view = {.q = w.IsWide() ? q.get() : nullptr,
                               .scale = scale.get(),
                               .bytes = is_narrow ? quantised.get() : nullptr,
                               .group_scale = group_scale.get(),
                               .sums = sums.get(),
-                              .half_sums = w.HasHalfScales() ? half_sums.get() : nullptr,
+                              .pair_sums = is_narrow ? pair_sums.get() : nullptr,
                               .in_pad = pad};
   for (int64_t row = 0; row < rows; ++row) ops.linear.quantize(x.get() + row * in, in, row, view);
   const LinearRows all = {w.TakesFloats() ? x.get() : nullptr, in, view};
