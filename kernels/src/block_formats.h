@@ -15,13 +15,13 @@ constexpr int64_t kSuper = 8, kPacked = 4;
 // Matrices begin at multiples of this many bytes, and records have sizes that are multiples of it.
 constexpr int64_t kBlockUnit = 64;
 
-// The integers that 4-bit codes represent. If their range is narrow, they are multiplied as small unsigned bytes, whose
-// products with 8-bit activations fit 16-bit sums. Otherwise, activations have 16 bits.
+// The integers that 4-bit codes represent. If they are narrow, up to 16 in size, they are multiplied as small unsigned
+// bytes, and 16-bit sums hold the products of a group with 8-bit activations. Otherwise, activations have 16 bits.
 struct Codebook {
-  static constexpr int kNarrowRange = 31;
+  static constexpr int kNarrow = 16;
   int8_t integers[16];
   bool is_narrow;
-  int zero;          // the smallest integer, negated, if the range is narrow; otherwise 0
+  int zero;          // the smallest integer, negated, if the integers are narrow; otherwise 0
   int8_t bytes[16];  // the integers plus `zero`
 };
 
@@ -32,7 +32,7 @@ constexpr Codebook CodebookOf(const int8_t (&integers)[16]) {
     least = integer < least ? integer : least;
     most = integer > most ? integer : most;
   }
-  book.is_narrow = most - least <= Codebook::kNarrowRange;
+  book.is_narrow = least >= -Codebook::kNarrow && most <= Codebook::kNarrow;
   book.zero = book.is_narrow ? -least : 0;
   for (int i = 0; i < 16; ++i) {
     book.integers[i] = integers[i];

@@ -40,9 +40,9 @@ struct PairSums {
   int16_t sums[3][2];
 };
 
-// Quantised activations; arrays that no weight of the call needs are null. With 8-bit weights, activations have 16 bits
-// and one scale per row. With narrower weights, they have 8 bits and one scale per group, which halves the number of
-// products.
+// Quantised activations. With 8-bit weights, activations have 16 bits and one scale per row: `q` and `scale`. With
+// narrower weights, they have 8 bits and one scale per group, which halves the number of products: the other arrays.
+// Arrays of a kind that no weight of the call needs are null.
 struct QuantizedRows {
   int16_t* q = nullptr;           // [rows, in_pad]
   float* scale = nullptr;         // [rows]
@@ -84,7 +84,7 @@ struct LinearOps {
   // RMSNorm of n elements: y = x / sqrt(mean(x^2) + eps) * weight. With a bias it is LayerNorm, which first subtracts
   // the mean from x and adds the bias at the end.
   void (*normalize)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* y);
-  // Quantise `in` floats into row `row` of those arrays of `to` that are not null.
+  // Quantise `in` floats into row `row` of the kinds of arrays of `to` that are not null.
   void (*quantize)(const float* x, int64_t in, int64_t row, const QuantizedRows& to);
   // y[r * y_row + o] = x[row + r] . w[from + o] for r < rows, o < outs; with packed weights, `from` must
   // be the first output of a panel.

@@ -50,7 +50,7 @@ def tolerance(x: np.ndarray, w: np.ndarray, name: str) -> np.ndarray:
     if name not in PACKED:
         return lost
     top = np.abs(x).max(axis=1, initial=0.0, keepdims=True)
-    # Formats of fewer than 8 bits sum scale times value and minimum separately.
+    # Formats with minima sum scale times value and minimum separately.
     magnitude = np.abs(w).sum(axis=1) + (
         8 * np.abs(w).max(axis=1, initial=0.0) * terms if name in NARROW else 0.0
     )
@@ -368,5 +368,5 @@ def test_every_exponent_of_mxfp4(isa: str, embed: Callable[..., Any], linear: Li
     x = np.zeros((1, 32), np.float32)
     x[0, 7] = 127  # the largest activation stands for itself
     found = linear(x, 0, [arrays], [len(exponents)])[0][0]
-    # Intermediate values of the largest exponents overflow.
+    # 127 times the largest of these weights overflows float32.
     np.testing.assert_allclose(found[:-16], 127 * expected[:-16, 7], rtol=1e-6)

@@ -50,7 +50,7 @@ double GateOf(Gate gate, double x) {
 
 namespace {
 
-// Rows of activations in buffers of their exact sizes. Only the arrays that the format's products read exist.
+// Rows of activations in buffers of their exact sizes. Only the kind of arrays that the format needs exists.
 struct Rows {
   Rows(const Ops& ops, const Floats& x, int64_t rows, int64_t in, Format format)
       : pad((in + kGroup - 1) / kGroup * kGroup), int4(format == Format::kInt4), q(int4 ? 0 : rows * pad, -77),
@@ -170,6 +170,13 @@ void CheckBlocks(const Ops& ops, const BlockFormat& format, int64_t rows, int64_
       Near("row of a product with blocks", y[row * outs + o], alone[o], 0);
     }
   }
+  if (in == 0) return;
+  // A row whose numbers are not finite has no finite results, and overflows no integer.
+  for (int64_t k = 0; k < in; ++k) x[k] = k % 3 == 0 ? NAN : INFINITY;
+  ops.linear.quantize(x.get(), in, 0, view);
+  ops.linear.product(w, all, 0, 1, kPanel * skipped, outs, alone.get(), outs);
+  for (int64_t o = 0; o < outs; ++o)
+    if (std::isfinite(alone[o])) Fail("product of a row that is not finite", alone[o], NAN);
 }
 
 // RMSNorm; with a bias, LayerNorm.
