@@ -39,9 +39,9 @@ def affine(numbers, zeros, scales, group) -> np.ndarray:
     return (numbers - zeros[:, group].astype(np.float64)) * scales[:, group].astype(np.float64)
 
 
-def gptq(rng, outs: int, inputs: int, groups: int, bits: int, *, offset: int = 1, order: bool = False):
+def gptq(rng, outs, inputs, groups, bits, *, offset: int = 1, order: bool = False, size: int = 0):
     numbers, zeros, scales = random_affine(rng, outs, inputs, groups, bits)
-    group = np.arange(inputs) // (inputs // groups)
+    group = np.arange(inputs) // (size or inputs // groups)
     if order:
         group = rng.permutation(group)
     stored = {

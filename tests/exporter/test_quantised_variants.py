@@ -28,6 +28,11 @@ def unordered(case: tuple[dict, np.ndarray]) -> tuple[dict, np.ndarray]:
     return {**stored, "weight_g_idx": np.full(expected.shape[1], -1, np.int32)}, expected
 
 
+def without_index(case: tuple[dict, np.ndarray]) -> tuple[dict, np.ndarray]:
+    """Return a case of GPTQ without the index, as AutoRound writes it."""
+    return {name: array for name, array in case[0].items() if name != "g_idx"}, case[1]
+
+
 INT8 = rng().integers(-127, 128, (24, 40)).astype(np.int8)
 LARGEST = rng().uniform(0.1, 2, 24).astype(np.float32)
 SCALED = INT8 * (LARGEST * np.float32(1 / 127)).astype(np.float64)[:, None]
@@ -35,6 +40,11 @@ CASES = {
     "gptq: other bits in some modules": (
         GPTQ | {"dynamic": {"+:.*up_proj": {"bits": 8, "group_size": 64}}},
         gptq(rng(), 24, 128, 2, 8),
+    ),
+    # Four groups of 32 inputs, the last one shorter; the shapes alone suggest groups of 30.
+    "auto-round: a short last group beside other modules": (
+        ROUND | {"packing_format": "auto_round:auto_gptq", "extra_config": {"lm_head": {"bits": 16}}},
+        without_index(gptq(rng(), 24, 120, 4, 4, size=32)),
     ),
     "gptq: 8 bits in the order of activations": (
         GPTQ | {"bits": 8, "desc_act": True, "group_size": 16},

@@ -77,6 +77,7 @@ class Quantisation:
             the shapes alone.
         zero_offset: the number to add to stored zero points.
         group: number of consecutive inputs that share a scale; 0 if it follows from the shapes.
+        groups_differ: True if some modules may have groups of another size.
         block: rows and columns of a block that shares a scale; None if they follow from the shapes.
     """
 
@@ -85,6 +86,7 @@ class Quantisation:
     bits: int = 0
     zero_offset: int = 0
     group: int = 0
+    groups_differ: bool = False
     block: tuple[int, int] | None = None
 
 
@@ -93,7 +95,12 @@ def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation |
     if (found := _integers(method, config)) is not None:
         layout, bits, zero_offset = found
         return Quantisation(
-            method=method, layout=layout, bits=bits, zero_offset=zero_offset, group=_group_size(config)
+            method=method,
+            layout=layout,
+            bits=bits,
+            zero_offset=zero_offset,
+            group=_group_size(config),
+            groups_differ=bool(config.get("dynamic") or config.get("extra_config")),
         )
     match method:
         case "fp8":
@@ -130,9 +137,7 @@ def _text(value: object) -> str:
 
 
 def _group_size(config: Mapping[str, object]) -> int:
-    """Return the number of inputs in a group; 0 if it is -1 (a single group), not stated, or differs by module."""
-    if config.get("dynamic") or config.get("extra_config"):
-        return 0
+    """Return the number of inputs in a group; 0 if it is -1 (a single group) or not stated."""
     size = config.get("group_size", config.get("q_group_size"))
     return size if type(size) is int and size > 0 else 0
 
@@ -216,6 +221,13 @@ def _plain(name: str, tensor: RawTensor) -> SourceTensor:
     )
 
 
+def _size(quantisation: Quantisation, inputs: int, groups: int) -> int:
+    """Return the stated number of inputs in a group; 0 if this weight does not have it and modules may differ."""
+    size = quantisation.group
+    fits = size > 0 and -(-inputs // size) == groups
+    return size if fits or not quantisation.groups_differ else 0
+
+
 def _gptq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
     words, zeros = parts.take(".qweight", ("I32",)), parts.take(".qzeros", ("I32",))
     scales, index = parts.take(".scales", FLOATS), parts.find(".g_idx", ("I32", "I64"), 1)
@@ -242,7 +254,7 @@ def _gptq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
         dtype=f"GPTQ, {bits} bits",
         bits=bits,
         groups=groups,
-        size=quantisation.group,
+        size=_size(quantisation, inputs, groups),
         numbers=lambda: _unpacked(words.read().T, bits),
         zeros=lowest,
         scales=lambda: scales.read().T,
@@ -271,7 +283,7 @@ def _awq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
         dtype="AWQ, 4 bits",
         bits=quantisation.bits,
         groups=groups,
-        size=quantisation.group,
+        size=_size(quantisation, inputs, groups),
         numbers=lambda: ordered(words.read()),
         zeros=lambda: ordered(zeros.read()).astype(np.float32),
         scales=lambda: scales.read().T,
