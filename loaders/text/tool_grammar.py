@@ -80,9 +80,9 @@ def free_tool_grammar(
     calls, rules = _rules(form, list(chosen), tokenizer)
     opening = form.calls[0].opening
     symbol = grammar_symbol(tokenizer, opening)
-    if form.name == "llama3":  # a call has no marker, and begins the answer
+    if form.name == "llama3":  # calls have no marker; they begin the answer as an object or a list
         start = "TEXT? | call"
-        rules.append(rf"TEXT: /\s*[^\s{{](.|\n)*/{_without(form.calls)}")
+        rules.append(rf"TEXT: /[\s\x1c-\x1f]*[^\s\x1c-\x1f{{\[](.|\n)*/{_without(form.calls)}")
     elif symbol.startswith("<"):
         start = f"TEXT? ({calls})?"
         rules.append(rf"TEXT: /(.|\n)+/{_without(form.calls)}")
