@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from ..text.tokenizer import Tokenizer
 
-# Whitespace between two parts of JSON: what indented JSON needs. If more were allowed, small models would repeat line
-# feeds. llama.cpp has a similar limit.
+# Whitespace between two parts of JSON: a space, or a line feed and an indent. If more were allowed, small models would
+# repeat line feeds.
 _WHITESPACE = r"\x20|\x0A(?:\x20{0,32}|\x09{0,8})"
 _MOST_LEXER_STATES = 50_000  # each state takes up to 2 KB
 _MOST_GRAMMARS = 32

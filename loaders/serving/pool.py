@@ -175,9 +175,10 @@ class Pool:
         limit = self._settings.idle_unload
         while limit is not None:
             await asyncio.sleep(min(limit / 4, 1.0))
-            for entry in self.entries.values():
-                if entry.is_idle and time.monotonic() - entry.last_used >= limit:
-                    await self._unload(entry)
+            async with self._lock:  # or a load would count memory as free before it is
+                for entry in self.entries.values():
+                    if entry.is_idle and time.monotonic() - entry.last_used >= limit:
+                        await self._unload(entry)
 
     async def _loaded(self, entry: Entry) -> None:
         if entry.loading is None:
@@ -270,7 +271,7 @@ class Pool:
         await self._changed.wait()
 
     async def _unload(self, entry: Entry) -> None:
-        """Unload a model, and return once its memory is free."""
+        """Unload a model, and return once its memory is free. The caller holds the lock of loads."""
         self._log(f"{entry.name}: unloaded")
         models = [entry.model]
         entry.model, entry.bytes, entry.gives_way = None, 0, False
