@@ -24,6 +24,21 @@ def test_run_never_imports_jax_although_it_is_installed(tiny_artifact, python):
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+def test_greedy_answers_import_no_random_generators(python, tiny_artifact):
+    """The import of numpy.random takes 6 ms, and that of numpy.ctypeslib 1 ms."""
+    code = (
+        "import sys, precast\n"
+        "model, params = precast.load(sys.argv[1]), precast.SamplingParams(temperature=0, max_tokens=2)\n"
+        "print([model.generate([1, 2, 3], params).timing.cached_tokens for _ in range(2)])\n"
+        "print(sorted({'numpy.ctypeslib', 'numpy.random'} & set(sys.modules)))\n"
+        "model.generate([1, 2, 3], precast.SamplingParams(temperature=1, max_tokens=1))\n"
+        "print('numpy.random' in sys.modules)"
+    )
+    result = python("-c", code, str(tiny_artifact))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["[0, 2]", "[]", "True"]
+
+
 def test_help_lists_commands_in_the_order_of_use(cli):
     lines = cli("--help").stdout.partition("Commands:\n")[2].splitlines()
     names, summaries = zip(*(line.split(maxsplit=1) for line in lines), strict=True)

@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from fnmatch import filter as matching
 from pathlib import Path
 
 import numpy as np
@@ -107,13 +108,20 @@ def _packages() -> tuple[object, ...]:
         np.__version__,
         # A model of a SavedModel has imported TensorFlow.
         getattr(sys.modules.get("tensorflow"), "__version__", ""),
-        sorted(_states(code, code.rglob("*.py"))),
-        sorted(_states(library, library.glob("_kernels*"))),
+        sorted(_states(code, "*.py")),
+        sorted(_states(library, "_kernels*")),
     )
 
 
-def _states(folder: Path, files: Iterable[Path]) -> Iterator[tuple[str, int, int]]:
-    """Yield the name, size and modification time of each file; reinstalling a package changes the time."""
-    for file in files:
-        status = file.stat()
-        yield str(file.relative_to(folder)), status.st_size, status.st_mtime_ns
+def _states(folder: Path, pattern: str) -> Iterator[tuple[str, str, int, int]]:
+    """Yield the folder, name, size and modification time of each matching file below a folder.
+
+    Reinstalling a package changes the time.
+    """
+    # Unlike `Path.rglob`, which takes 10 ms for 180 files, this takes 1 ms.
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        inside = os.path.relpath(place, folder)
+        for name in matching(names, pattern):
+            status = os.stat(os.path.join(place, name))
+            yield inside, name, status.st_size, status.st_mtime_ns

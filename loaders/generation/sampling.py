@@ -11,6 +11,7 @@ The steps run in the same order as in transformers, so that the same settings ha
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,10 +67,14 @@ class Sampler:
         self._vocab_size = vocab_size
         self._text_of = text_of
         self._constraint = constraint
-        self._rng = np.random.Generator(np.random.PCG64(params.seed))
         prompt = [_token(token) for token in prompt_ids]
         self._forbidden = _forbidden(params, prompt, params.ends(end_ids))
         self._penalties = _penalties(params, prompt, vocab_size)
+
+    @cached_property
+    def _rng(self) -> "np.random.Generator":
+        # Made at its first use, because `numpy.random` is imported at its first use too, in 6 ms.
+        return np.random.Generator(np.random.PCG64(self._params.seed))
 
     @property
     def is_greedy(self) -> bool:

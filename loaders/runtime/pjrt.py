@@ -218,7 +218,7 @@ class Client:
         # Use only the address, because an array that refers to the buffer would prevent a call from consuming the
         # buffer.
         memory = (ctypes.c_uint8 * size_of(buffer)).from_address(cast(Any, buffer).unsafe_buffer_pointer())
-        return np.ctypeslib.as_array(memory)
+        return np.frombuffer(memoryview(memory), np.uint8)
 
     def get(self, buffer: Buffer) -> np.ndarray:
         """Return a read-only view of a buffer, valid until a call consumes the buffer; bfloat16 is not supported."""

@@ -18,7 +18,7 @@ def listen(settings: ServeSettings) -> socket.socket:
     where = f"{settings.host}:{settings.port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            _plain(settings.host), settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
@@ -35,3 +35,8 @@ def listen(settings: ServeSettings) -> socket.socket:
             f"{where}: cannot listen there ({error.strerror}); choose another --port."
         ) from None
     return listener
+
+
+def _plain(host: str) -> str | bytes:
+    """Return an ASCII host name as bytes, because Python imports a codec of 2 ms to encode text."""
+    return host.encode() if host.isascii() else host

@@ -16,6 +16,7 @@ from ..runtime.limits import need
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
+    from ..artifact.manifest import Manifest, Target
     from ..generation.model import Model
 
 Log = Callable[[str], None]
@@ -48,8 +49,9 @@ def early_load(sources: Mapping[str, Path | str], settings: ServeSettings, log: 
 
 
 def _load(source: Path, settings: ServeSettings, log: Log) -> tuple[Loaded, int]:
-    root, size = measure(source, settings, log)
-    return load_verified(root, settings, log), size
+    # Without a limit for the memory, the size may come from the loaded model, so that the manifest is parsed only once.
+    loaded = load_verified(find_artifact(source), settings, log)
+    return loaded, _memory(loaded.model.manifest, loaded.model.target)
 
 
 def measure(source: Path | str, settings: ServeSettings, log: Log) -> tuple[Path, int]:
@@ -69,8 +71,12 @@ def measure(source: Path | str, settings: ServeSettings, log: Log) -> tuple[Path
         name=given.get("target"),
         allow_compile=given.get("allow_compile", False),
     )
+    return root, _memory(manifest, target)
+
+
+def _memory(manifest: "Manifest", target: "Target") -> int:
     needed = need(manifest, target)
-    return root, needed.all + needed.idle
+    return needed.all + needed.idle
 
 
 def load_verified(root: Path, settings: ServeSettings, log: Log) -> Loaded:

@@ -93,8 +93,17 @@ DEFERRED = {
     *("openai.responses", "openai.schemas", "prometheus", "reply_schemas", "schema", "tokens"),
 }
 FOREIGN = {
-    *("fsspec", "http.server", "httpx", "jax", "jinja2.debug", "prometheus_client", "pydantic", "rich"),
-    "starlette",
+    *(
+        "encodings.idna",
+        "fsspec",
+        "http.server",
+        "httpx",
+        "jax",
+        "jinja2.debug",
+        "numpy.random",
+        "prometheus_client",
+    ),
+    *("pydantic", "rich", "starlette"),
 }
 
 

@@ -365,10 +365,11 @@ def test_a_load_that_began_before_the_server(folders, monkeypatch) -> None:
     settings = ServeSettings(idle_unload=0.1)
     sources = {"a": folders["a"]}
     good = early_load(sources, settings, LOG.append)
+    assert good is not None
+    good.join()
     with monkeypatch.context() as patch:
-        patch.setattr("precast.loaders.serving.loading.measure", lambda *_: 1 / 0)
+        patch.setattr("precast.loaders.serving.loading.load", lambda *_, **__: 1 / 0)
         bad = early_load(sources, settings, LOG.append)
-        assert good is not None
         assert bad is not None
         bad.join()
 
