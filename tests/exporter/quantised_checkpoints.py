@@ -63,9 +63,19 @@ def awq(rng, outs: int, inputs: int, groups: int):
     return stored, affine(numbers, zeros, scales, np.arange(inputs) // (inputs // groups))
 
 
-def packed(rng, outs: int, inputs: int, groups: int, bits: int, *, symmetric: bool, order: bool = False):
+def packed(
+    rng,
+    outs: int,
+    inputs: int,
+    groups: int,
+    bits: int,
+    *,
+    symmetric: bool,
+    order: bool = False,
+    size: int = 0,
+):
     numbers, zeros, scales = random_affine(rng, outs, inputs, groups, bits)
-    group = np.arange(inputs) // -(-inputs // groups)
+    group = np.arange(inputs) // (size or -(-inputs // groups))
     if symmetric:
         zeros[...] = 1 << bits - 1
     stored = {

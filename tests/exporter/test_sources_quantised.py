@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from precast.exporter.export import export
 from precast.exporter.options import ExportOptions
 from precast.exporter.sources.huggingface.parts import RawTensor
-from precast.exporter.sources.huggingface.quantised import dequantised, quantisation_of
+from precast.exporter.sources.huggingface.quantisation import quantisation_of
+from precast.exporter.sources.huggingface.quantised import dequantised
 from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 
@@ -308,12 +309,12 @@ BROKEN = {
     "scales of other outputs": (
         GPTQ4,
         changed("gptq, 4 bits", scales=np.ones((2, 23), np.float16)),
-        "expected scales [groups, 24] and qzeros [groups, 3], found [2, 23] and [2, 3]",
+        "expected scales [groups, 24] and qzeros [groups, 3] for 4 bits, found [2, 23] and [2, 3]",
     ),
     "no groups": (
         GPTQ4,
         changed("gptq, 4 bits", scales=np.ones((0, 24), np.float16), qzeros=np.ones((0, 3), I32)),
-        "expected scales [groups, 24] and qzeros [groups, 3], found [0, 24] and [0, 3]",
+        "expected scales [groups, 24] and qzeros [groups, 3] for 4 bits, found [0, 24] and [0, 3]",
     ),
     "a short index": (
         GPTQ4,
@@ -403,6 +404,12 @@ def test_an_index_outside_the_groups_is_refused(checkpoint, index: int) -> None:
         {"quant_method": "gptq", "bits": 3},
         {"quant_method": "gptq", "bits": True},
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down.*": {"bits": 3}}},
+        {"quant_method": "gptq", "bits": 4, "dynamic": {".*down.*": {"format": "marlin"}}},
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"+:*down": {"bits": 8}}},
+        {"quant_method": "gptq", "bits": 4, "dynamic": {".*": 8}},
+        {"quant_method": "gptq", "bits": 4, "dynamic": [".*"]},
+        {"quant_method": "awq", "bits": 4, "dynamic": {".*down.*": {"bits": 8}}},
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": ["gptq"]},
         {"quant_method": "awq", "bits": 4, "version": "gemv"},
         {"quant_method": "awq", "bits": 8},
@@ -415,6 +422,12 @@ def test_an_index_outside_the_groups_is_refused(checkpoint, index: int) -> None:
         {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:llm_compressor"},
         {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round", "data_type": "mx_fp"},
         {"quant_method": "auto-round", "bits": 3, "packing_format": "auto_round"},
+        {
+            "quant_method": "auto-round",
+            "bits": 4,
+            "packing_format": "auto_round",
+            "extra_config": {"lm_head": {"data_type": "mx_fp"}},
+        },
         {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 7}}}},
     ],
 )

@@ -37,7 +37,7 @@ class Parts:
     """
 
     def __init__(self, left: dict[str, RawTensor], base: str) -> None:
-        self._left, self._base = left, base
+        self._left, self.base = left, base
 
     def take(self, ending: str, dtypes: tuple[str, ...], axes: int | None = 2) -> RawTensor:
         """Remove and return the tensor with this ending.
@@ -53,19 +53,19 @@ class Parts:
         tensor = self.find(ending, dtypes, axes)
         if tensor is None:
             raise PrecastError(
-                f"{self._base}: the quantised weight lacks its tensor {ending[1:]!r}; {REMEDY}."
+                f"{self.base}: the quantised weight lacks its tensor {ending[1:]!r}; {REMEDY}."
             )
         return tensor
 
     def find(self, ending: str, dtypes: tuple[str, ...], axes: int | None = 2) -> RawTensor | None:
         """Remove and return the tensor with this ending, as `take` does; return None if it is missing."""
-        tensor = self._left.pop(self._base + ending, None)
+        tensor = self._left.pop(self.base + ending, None)
         if tensor is not None and (
             tensor.dtype not in dtypes or (axes is not None and len(tensor.shape) != axes)
         ):
             expected = " or ".join(dtypes) + ("" if axes is None else f" with {axes} axes")
             raise PrecastError(
-                f"{tensor.where}: expected {self._base}{ending} to be {expected}, found {tensor.dtype}"
+                f"{tensor.where}: expected {self.base}{ending} to be {expected}, found {tensor.dtype}"
                 f" {list(tensor.shape)}; {REMEDY}."
             )
         return tensor
@@ -76,4 +76,4 @@ class Parts:
         Args:
             what: the fault, as "expected …, found …".
         """
-        return PrecastError(f"{self._base}: {what}; {REMEDY}.")
+        return PrecastError(f"{self.base}: {what}; {REMEDY}.")

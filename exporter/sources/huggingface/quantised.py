@@ -18,7 +18,6 @@ the formats' own libraries may compute it in float16 or bfloat16, which rounds i
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -30,11 +29,11 @@ from ..base import QuantisedBlocks, SourceTensor
 from . import bitsandbytes
 from .affine import Affine, are_halves
 from .parts import FLOATS, REMEDY, Parts, RawTensor
+from .quantisation import BITS, Quantisation, Settings
 
 # For each of eight consecutive outputs, the half byte of an int32 that contains it, counted from the lowest bits.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _WORD_BITS = 32
-_BITS = (1, 2, 4, 8)
 # Endings of the names of tensors that only concern activations.
 _ACTIVATIONS = (
     ".input_scale",
@@ -44,142 +43,6 @@ _ACTIVATIONS = (
     ".k_scale",
     ".v_scale",
 )
-# The bits of the integers in each layout.
-_LAYOUT_BITS = {"gptq": (2, 4, 8), "awq": (4,)}
-# AutoRound's packing formats: the layout, and the number to add to stored zero points.
-_AUTO_ROUND: Mapping[str, tuple[str, int | None]] = {
-    "auto_round:auto_gptq": ("gptq", 1),
-    "auto_round:gptqmodel": ("gptq", 0),
-    "auto_round": ("gptq", 0),
-    "auto_round:auto_awq": ("awq", 0),
-}
-# transformers' default for FP8.
-_FP8_BLOCK = [128, 128]
-# The readable formats of compressed-tensors; None for a config that names no format.
-_COMPRESSED = (
-    None,
-    "pack-quantized",
-    "int-quantized",
-    "float-quantized",
-    "naive-quantized",
-    "mixed-precision",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantisation:
-    """The quantisation that a checkpoint's config describes.
-
-    Attributes:
-        method: the method that the config names, for messages.
-        layout: "gptq", "awq", "fp8", "compressed-tensors" or "bitsandbytes": the tensors that store a weight.
-        bits: number of bits of a packed number, unless the shapes of the tensors show another; 0 if it follows from
-            the shapes alone.
-        zero_offset: the number to add to stored zero points.
-        group: number of consecutive inputs that share a scale; 0 if it follows from the shapes.
-        groups_differ: True if some modules may have groups of another size.
-        block: rows and columns of a block that shares a scale; None if they follow from the shapes.
-    """
-
-    method: str
-    layout: str
-    bits: int = 0
-    zero_offset: int = 0
-    group: int = 0
-    groups_differ: bool = False
-    block: tuple[int, int] | None = None
-
-
-def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation | None:
-    """Return the quantisation that a ``quantization_config`` describes; None if precast cannot read it."""
-    if (found := _integers(method, config)) is not None:
-        layout, bits, zero_offset = found
-        return Quantisation(
-            method=method,
-            layout=layout,
-            bits=bits,
-            zero_offset=zero_offset,
-            group=_group_size(config),
-            groups_differ=bool(config.get("dynamic") or config.get("extra_config")),
-        )
-    match method:
-        case "fp8":
-            block = _block(config.get("weight_block_size", _FP8_BLOCK))
-            return Quantisation(method=method, layout="fp8", block=block)
-        case "compressed-tensors" if _is_readable(config):
-            block = _block(_block_structure(config.get("config_groups")))
-            return Quantisation(method=method, layout=method, block=block)
-        case "bitsandbytes":
-            return Quantisation(method=method, layout=method)
-    return None
-
-
-def _integers(method: str, config: Mapping[str, object]) -> tuple[str, int, int] | None:
-    """Return the layout, the bits and the offset of the zero points of a config of GPTQ, AWQ or AutoRound."""
-    bits = config.get("bits", config.get("w_bit", 4))
-    if type(bits) is not int:
-        return None
-    stated = config.get("checkpoint_format")
-    match method:
-        case "gptq" if not config.get("is_marlin_format"):
-            layout, offset = "gptq", {"": 1, "gptq": 1, "gptq_v2": 0}.get(_text(stated))
-        case "awq" if _text(config.get("version") or stated or "gemm").lower() == "gemm":
-            layout, offset = "awq", 0
-        case "auto-round" | "intel/auto-round" if config.get("data_type", "int") == "int":
-            layout, offset = _AUTO_ROUND.get(_text(config.get("packing_format")), ("", None))
-        case _:
-            return None
-    return None if offset is None or bits not in _LAYOUT_BITS[layout] else (layout, bits, offset)
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else "" if value is None else "?"
-
-
-def _group_size(config: Mapping[str, object]) -> int:
-    """Return the number of inputs in a group; 0 if it is -1 (a single group) or not stated."""
-    size = config.get("group_size", config.get("q_group_size"))
-    return size if type(size) is int and size > 0 else 0
-
-
-def _is_readable(config: Mapping[str, object]) -> bool:
-    """Return True if a config of compressed-tensors has a known format, and neither sparse nor transformed weights.
-
-    Seven bits would take the space of eight, so the shapes would not tell them apart.
-    """
-    sparsity = config.get("sparsity_config") or {"format": "dense"}
-    is_dense = isinstance(sparsity, dict) and sparsity.get("format") in (None, "dense")
-    # A transform rotates the activations at run time, so the weights alone are not the model.
-    has_known_bits = all(
-        weights.get("num_bits", 4) in _BITS for weights in _weight_schemes(config.get("config_groups"))
-    )
-    is_known = config.get("format") in _COMPRESSED and not config.get("transform_config")
-    return is_dense and is_known and has_known_bits
-
-
-def _weight_schemes(groups: object) -> list[Mapping[str, object]]:
-    """Return the descriptions of weights in the ``config_groups`` of compressed-tensors."""
-    found = (
-        [group.get("weights") for group in groups.values() if isinstance(group, dict)]
-        if isinstance(groups, dict)
-        else []
-    )
-    return [weights for weights in found if isinstance(weights, dict)]
-
-
-def _block_structure(groups: object) -> object:
-    """Return the first `block_structure` in the ``config_groups`` of compressed-tensors; None if there is none."""
-    return next((w["block_structure"] for w in _weight_schemes(groups) if w.get("block_structure")), None)
-
-
-def _block(size: object) -> tuple[int, int] | None:
-    """Return the rows and columns of a block; None if `size` is not a list of two positive integers."""
-    match size:
-        case [int(rows), int(columns)] if rows > 0 and columns > 0:
-            return rows, columns
-    return None
-
-
 Reader = Callable[[Parts], SourceTensor]
 
 
@@ -196,7 +59,7 @@ def dequantised(raw: Mapping[str, RawTensor], quantisation: Quantisation) -> dic
         "gptq": ((".qweight", partial(_gptq, quantisation)),),
         "awq": ((".qweight", partial(_awq, quantisation)),),
         "fp8": ((".weight_scale_inv", partial(_scaled, quantisation, ".weight_scale_inv")), scale),
-        "compressed-tensors": ((".weight_packed", _packed), scale),
+        "compressed-tensors": ((".weight_packed", partial(_packed, quantisation)), scale),
         "bitsandbytes": ((".weight.absmax", bitsandbytes.four_bits), (".SCB", bitsandbytes.eight_bits)),
     }
     for ending, make in readers[quantisation.layout]:
@@ -221,25 +84,29 @@ def _plain(name: str, tensor: RawTensor) -> SourceTensor:
     )
 
 
-def _size(quantisation: Quantisation, inputs: int, groups: int) -> int:
-    """Return the stated number of inputs in a group; 0 if this weight does not have it and modules may differ."""
-    size = quantisation.group
-    fits = size > 0 and -(-inputs // size) == groups
-    return size if fits or not quantisation.groups_differ else 0
+def _settings(quantisation: Quantisation, parts: Parts, *, is_float: bool = False) -> Settings:
+    """Return the settings of a module that has a quantised weight.
+
+    Raises:
+        PrecastError: the config says that the module is not quantised.
+    """
+    settings = quantisation.settings_of(parts.base, is_float=is_float)
+    if settings is None:
+        raise parts.fail("quantization_config excludes this module, but its weight is quantised")
+    return settings
 
 
 def _gptq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
     words, zeros = parts.take(".qweight", ("I32",)), parts.take(".qzeros", ("I32",))
     scales, index = parts.take(".scales", FLOATS), parts.find(".g_idx", ("I32", "I64"), 1)
     (packed, outs), groups = words.shape, scales.shape[0]
-    # A config may state other bits for some modules, by patterns of their names. The zero points show the bits.
-    fitting = [b for b in _LAYOUT_BITS["gptq"] if zeros.shape[1] == -(-outs * b // _WORD_BITS)]
-    bits = fitting[0] if fitting and quantisation.bits not in fitting else quantisation.bits
+    settings = _settings(quantisation, parts)
+    bits = settings.bits
     per = _WORD_BITS // bits
     inputs = packed * per
     if scales.shape != (groups, outs) or zeros.shape != (groups, -(-outs // per)) or groups == 0:
         raise parts.fail(
-            f"expected scales [groups, {outs}] and qzeros [groups, {-(-outs // per)}], found"
+            f"expected scales [groups, {outs}] and qzeros [groups, {-(-outs // per)}] for {bits} bits, found"
             f" {list(scales.shape)} and {list(zeros.shape)}"
         )
     if index is not None and index.shape != (inputs,):
@@ -254,7 +121,7 @@ def _gptq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
         dtype=f"GPTQ, {bits} bits",
         bits=bits,
         groups=groups,
-        size=_size(quantisation, inputs, groups),
+        size=settings.group,
         numbers=lambda: _unpacked(words.read().T, bits),
         zeros=lowest,
         scales=lambda: scales.read().T,
@@ -266,7 +133,7 @@ def _awq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
     words, zeros = parts.take(".qweight", ("I32",)), parts.take(".qzeros", ("I32",))
     scales = parts.take(".scales", FLOATS)
     (inputs, packed), groups = words.shape, scales.shape[0]
-    outs = packed * len(_AWQ_ORDER)
+    outs, settings = packed * len(_AWQ_ORDER), _settings(quantisation, parts)
     if scales.shape != (groups, outs) or zeros.shape != (groups, packed) or groups == 0:
         raise parts.fail(
             f"expected scales [groups, {outs}] and qzeros [groups, {packed}], found {list(scales.shape)} and"
@@ -274,16 +141,16 @@ def _awq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
         )
 
     def ordered(array: np.ndarray) -> np.ndarray:
-        numbers = _unpacked(array, quantisation.bits).reshape(len(array), packed, len(_AWQ_ORDER))
+        numbers = _unpacked(array, settings.bits).reshape(len(array), packed, len(_AWQ_ORDER))
         return numbers[..., _AWQ_ORDER].reshape(len(array), outs).T  # [out, …]
 
     return Affine(
         fail=parts.fail,
         shape=(outs, inputs),
         dtype="AWQ, 4 bits",
-        bits=quantisation.bits,
+        bits=settings.bits,
         groups=groups,
-        size=_size(quantisation, inputs, groups),
+        size=settings.group,
         numbers=lambda: ordered(words.read()),
         zeros=lambda: ordered(zeros.read()).astype(np.float32),
         scales=lambda: scales.read().T,
@@ -291,17 +158,20 @@ def _awq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
     ).source()
 
 
-def _packed(parts: Parts) -> SourceTensor:
+def _packed(quantisation: Quantisation, parts: Parts) -> SourceTensor:
     words, stated = parts.take(".weight_packed", ("I32",)), parts.take(".weight_shape", ("I64", "I32"), 1)
     scales, zeros = (
         parts.take(".weight_scale", FLOATS, None),
         parts.find(".weight_zero_point", ("I32", "I8"), None),
     )
     shape = tuple(int(n) for n in stated.read())
-    bits = _WORD_BITS * words.shape[1] // shape[1] if len(shape) == 2 and shape[1] > 0 else 0
-    if bits not in _BITS or words.shape != (shape[0], -(-shape[1] * bits // _WORD_BITS)):
+    settings = _settings(quantisation, parts)
+    has_inputs = len(shape) == 2 and shape[1] > 0
+    bits = settings.bits or (_WORD_BITS * words.shape[1] // shape[1] if has_inputs else 0)
+    if not has_inputs or bits not in BITS or words.shape != (shape[0], -(-shape[1] * bits // _WORD_BITS)):
         raise parts.fail(
-            f"weight_packed {list(words.shape)} cannot store a weight of shape {list(shape)} in 1, 2, 4 or 8 bits"
+            f"weight_packed {list(words.shape)} cannot store a weight of shape {list(shape)} in"
+            f" {settings.bits or '1, 2, 4 or 8'} bits"
         )
     outs, inputs = shape
     groups = scales.shape[1] if len(scales.shape) == 2 else 1
@@ -329,7 +199,7 @@ def _packed(parts: Parts) -> SourceTensor:
         dtype=f"compressed-tensors, {bits} bits",
         bits=bits,
         groups=groups,
-        size=0,
+        size=settings.group if groups > 1 else 0,
         numbers=lambda: _unpacked(words.read(), bits)[:, :inputs],
         zeros=lowest,
         scales=lambda: np.broadcast_to(scales.read().reshape(-1, groups), (outs, groups)),
@@ -356,8 +226,10 @@ def _scaled(quantisation: Quantisation, ending: str, parts: Parts) -> SourceTens
     weight = parts.take(".weight", types)
     scales = parts.take(ending, FLOATS, None)
     zeros = parts.find(".weight_zero_point", ("I8", "F8_E4M3"), None)
+    is_float = weight.dtype == "F8_E4M3"
+    block = _settings(quantisation, parts, is_float=is_float).block
     sizes = [
-        _spread(n, count, quantisation.block, axis)
+        _spread(n, count, block, axis)
         for axis, (n, count) in enumerate(zip(weight.shape, (1, 1, *scales.shape)[-2:], strict=True))
     ]
     # One axis of scales could belong to the outputs or to the inputs.
@@ -383,7 +255,6 @@ def _scaled(quantisation: Quantisation, ending: str, parts: Parts) -> SourceTens
         numbers *= spread(scales.read())
         return numbers
 
-    is_float = weight.dtype == "F8_E4M3"
     group = FLOAT_GROUP if is_float else GROUP
 
     def blocks() -> QuantisedBlocks:

@@ -11,7 +11,7 @@ from ..base import Source
 from ..end_of_generation import end_tokens_by_text, merge_end_tokens, named_end_tokens
 from ..files import hash_file, plain_file, read_json, slug, spdx
 from ..generation import read_generation, without_generation
-from .quantised import Quantisation, quantisation_of
+from .quantisation import Quantisation, quantisation_of
 from .templates import chat_templates, template_files
 from .tokenizer import first, read_tokenizer, special_tokens, token_ids
 from .tokens import ADDED, CONFIG, TOKENS_MAP

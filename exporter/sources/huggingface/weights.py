@@ -17,7 +17,8 @@ from precast.loaders.artifact.weights import aligned_zeros
 from ..base import SourceTensor
 from ..files import plain_file, read_json, refuse_stand_in
 from .parts import RawTensor
-from .quantised import Quantisation, dequantised
+from .quantisation import Quantisation
+from .quantised import dequantised
 
 T = TypeVar("T")
 
