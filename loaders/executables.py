@@ -20,6 +20,7 @@ from .runtime.interface import Buffer, Client, Executable
 if TYPE_CHECKING:
     from .compiling.cache import LocalExecutable
     from .progress import Progress
+    from .text.known_tokenizers import KnownTokenizers
 
 
 class LoadSettings(Frozen):
@@ -40,6 +41,7 @@ class LoadSettings(Frozen):
     prefix_memory: int | None = 0
     log: Callable[[str], None]
     progress: "Progress | None" = None
+    tokenizers: "KnownTokenizers | None" = None
 
 
 class CheckedArtifact(Frozen):

@@ -1,6 +1,7 @@
 """Load an artifact: locate it, choose a target, check the files that it needs, and return a model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .compiling.cache import LocalExecutable
     from .generation.stored_prefixes import StoredPrefix
     from .progress import Progress
+    from .text.known_tokenizers import KnownTokenizers
 
 
 def load(
@@ -48,6 +50,7 @@ def load(
     prefix_memory: int | None = None,
     log: Callable[[str], None] | None = None,
     progress: "Progress | None" = None,
+    tokenizers: "KnownTokenizers | None" = None,
 ) -> Model:
     """Load an artifact without tracing, and without compiling unless requested.
 
@@ -76,6 +79,7 @@ def load(
         log: receives messages; standard error by default.
         progress: receives the number of bytes pulled and hashed, and the name of each program before it is loaded. By
             default, only pulls show progress, on standard error.
+        tokenizers: tokenizers that other models have used. A tokenizer among them is not parsed again.
 
     Raises:
         PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
@@ -94,6 +98,7 @@ def load(
         prefix_memory=_checked_bytes(prefix_memory),
         log=log,
         progress=progress,
+        tokenizers=tokenizers,
     )
     root = _locate(path, key, settings)
     manifest = read_manifest(root, require_signature=key)
@@ -313,7 +318,7 @@ def _model(
     # Parse the tokenizer while XLA loads the programs. XLA releases the GIL, and the two tasks take about equally long.
     loading = BackgroundCall(load_executables)
     try:
-        tokenizer = _tokenizer(artifact)
+        tokenizer = _tokenizer(artifact, settings.tokenizers)
     finally:
         loading.join()
     executables = loading.result()
@@ -339,7 +344,7 @@ def _model(
     )
 
 
-def _tokenizer(artifact: CheckedArtifact) -> Tokenizer:
+def _tokenizer(artifact: CheckedArtifact, tokenizers: "KnownTokenizers | None") -> Tokenizer:
     spec = artifact.manifest.tokenizer
 
     def text(file: str) -> str:
@@ -350,8 +355,10 @@ def _tokenizer(artifact: CheckedArtifact) -> Tokenizer:
                 f"{artifact.manifest.name}: {file} is not UTF-8 text; export the model again."
             ) from None
 
-    return Tokenizer.from_json(
-        artifact.contents[spec.file],
+    known = None if tokenizers is None else tokenizers.find(artifact.manifest)
+    parse = partial(Tokenizer.from_json, artifact.contents[spec.file])
+    create = parse if known is None else known.with_templates
+    return create(
         chat_template=None if spec.chat_template is None else text(spec.chat_template),
         named_templates={name: text(file) for name, file in spec.named_templates.items()},
         bos_token=spec.bos_token,

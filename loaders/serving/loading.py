@@ -13,6 +13,7 @@ from ..load import load
 from ..locate import find_artifact, read_manifest
 from ..runtime.installed import this_machine
 from ..runtime.limits import need
+from ..text.known_tokenizers import KnownTokenizers
 from .settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def early_load(sources: Mapping[str, Path | str], settings: ServeSettings, log: 
 
 def _load(source: Path, settings: ServeSettings, log: Log) -> tuple[Loaded, int]:
     # Without a limit for the memory, the size may come from the loaded model, so that the manifest is parsed only once.
-    loaded = load_verified(find_artifact(source), settings, log)
+    loaded = load_verified(find_artifact(source), settings, log, None)
     return loaded, _memory(loaded.model.manifest, loaded.model.target)
 
 
@@ -79,14 +80,24 @@ def _memory(manifest: "Manifest", target: "Target") -> int:
     return needed.all + needed.idle
 
 
-def load_verified(root: Path, settings: ServeSettings, log: Log) -> Loaded:
+def load_verified(
+    root: Path, settings: ServeSettings, log: Log, tokenizers: KnownTokenizers | None
+) -> Loaded:
     """Load an artifact, and replay its golden answers if that has not been done on this machine.
+
+    Args:
+        root: the artifact's folder.
+        settings: the server's settings.
+        log: receives messages.
+        tokenizers: tokenizers that need not be parsed again. The model's tokenizer is added to them.
 
     Raises:
         PrecastError: the artifact does not load, or an answer differs.
     """
     given = settings.loading or {}
-    model = load(root, **given, log=log)
+    model = load(root, **given, log=log, tokenizers=tokenizers)
+    if tokenizers is not None:
+        tokenizers.keep(model.manifest, model.tokenizer)
     is_replayed = replay_once(model, root, again=given.get("rehash", False))
     # One KV cache: the scheduler queues the answers beyond its slots.
     model.scheduler = Scheduler(model.engine, caches=1, prefixes=model.prefixes)

@@ -5,12 +5,14 @@ import gc
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import ref
 
 from ..artifact.errors import PrecastError
 from ..artifact.units import size_text
+from ..text.known_tokenizers import KnownTokenizers
 from .errors import ApiError
 from .loading import EarlyLoad, Loaded, Log, load_verified, measure
 from .settings import ServeSettings
@@ -97,6 +99,8 @@ class Pool:
         self._lock = asyncio.Lock()  # for loads, which take turns
         self._changed = asyncio.Event()  # set whenever a lease ends
         self._is_preloaded = False
+        # Loading a model again need not parse its tokenizer, which would stop the event loop.
+        self._tokenizers = KnownTokenizers()
 
     def entry(self, name: str) -> Entry:
         """Return a model by name.
@@ -192,6 +196,7 @@ class Pool:
             if (early := self._early) is not None:
                 self._early = None  # a later load starts anew
                 found, entry.bytes = await asyncio.to_thread(early.result)
+                self._tokenizers.keep(found.model.manifest, found.model.tokenizer)
                 self._note_load(entry, found, early.began)
                 entry.grant()
             else:
@@ -220,7 +225,8 @@ class Pool:
             if entry.model is None:
                 await self._make_room(entry, size)
                 began = time.monotonic()
-                found = await asyncio.to_thread(load_verified, root, self._settings, self._log)
+                work = partial(load_verified, root, self._settings, self._log, self._tokenizers)
+                found = await asyncio.to_thread(work)
                 self._note_load(entry, found, began)
             entry.grant()
 

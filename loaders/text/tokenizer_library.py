@@ -1,5 +1,8 @@
 """Calls to the tokenizers library, with each error translated into one sentence."""
 
+import base64
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
 # Characters from which a text is long. The library holds Python's lock while it encodes a single text, 0.6 s for a
 # megabyte, but not while it encodes a batch. The first batch starts threads.
 _LONG = 10_000
+# JSON's escapes of ASCII letters, with which a key may be written.
+_ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 
 
 def encode_ids(library: "LibraryTokenizer", text: str, *, add_special_tokens: bool) -> list[int]:
@@ -84,3 +89,25 @@ def translate_errors(expected: str, *but: type[Exception]) -> Iterator[None]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".")[:300]
+
+
+def check_charsmaps(data: bytes) -> None:
+    """Check the declared size of SentencePiece's character tables, because the library allocates that many bytes.
+
+    Raises:
+        ValueError: a table is shorter than it declares.
+    """
+    # A plain search takes 1 ms, and a regular expression with alternatives 9 ms.
+    has_tables = b"precompiled_charsmap" in data or _ESCAPED_ASCII.search(data) is not None
+    left = [json.loads(data).get("normalizer")] if has_tables else []
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            left += part.values()
+            if isinstance(table := part.get("precompiled_charsmap"), str):
+                raw = base64.b64decode(table)
+                # The first four bytes of a table are the size of its first section, which follows them.
+                if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
+                    raise ValueError("a precompiled_charsmap is truncated")

@@ -19,6 +19,7 @@ from precast.loaders.serving.loading import Loaded, early_load, measure
 from precast.loaders.serving.pool import Pool
 from precast.loaders.serving.settings import ServeSettings
 from precast.loaders.serving.sources import named_sources
+from precast.loaders.text.tokenizer import Tokenizer
 
 LOG: list[str] = []
 
@@ -148,6 +149,39 @@ def test_nobody_waits_for_memory_any_more(folders) -> None:
         await use(pool, "b")
 
     run(folders, work, memory=size_of(folders["a"]) * 3 // 2)
+
+
+@pytest.mark.parametrize("names", ["aba", "abab"])
+def test_models_that_are_loaded_again_parse_no_tokenizer(folders, monkeypatch, names) -> None:
+    """Parsing holds Python's lock, so it would stop the event loop. The three models have the same tokenizer."""
+    parses = []
+    parse = Tokenizer.from_json
+    monkeypatch.setattr(Tokenizer, "from_json", lambda *a, **k: parses.append(a) or parse(*a, **k))
+
+    async def work(pool: Pool) -> None:
+        await use(pool, names)
+
+    run(folders, work, memory=size_of(folders["a"]) * 3 // 2)
+    assert sum("unloaded" in line for line in LOG) == len(names) - 1
+    assert len(parses) == 1
+
+
+def test_the_only_model_is_loaded_again_without_parsing_its_tokenizer(folders, monkeypatch) -> None:
+    parses = []
+    parse = Tokenizer.from_json
+    monkeypatch.setattr(Tokenizer, "from_json", lambda *a, **k: parses.append(a) or parse(*a, **k))
+    sources, settings = {"a": folders["a"]}, ServeSettings(idle_unload=0.05)
+
+    async def main() -> None:
+        pool = Pool(sources, settings, LOG.append, early_load(sources, settings, LOG.append))
+        unloading = asyncio.create_task(pool.unload_idle())
+        await pool.preload()
+        await until(lambda: not loaded(pool))
+        await use(pool, "a")
+        unloading.cancel()
+
+    asyncio.run(main())
+    assert len(parses) == 1
 
 
 def test_three_models_in_the_memory_of_two_answer_a_mixed_load(folders, monkeypatch) -> None:
