@@ -118,18 +118,19 @@ def _calls(
             else "tools: strict needs a chat template that prescribes a known form of tool calls; leave out strict, or"
             " name the form with answer_format."
         )
+    from ..text.tool_grammar import free_tool_grammar, tool_grammar
+    from .constraint_texts import STRICT, TOOL_CHOICE, tool_constraint
+
+    kind = STRICT if form.tool_choice == AUTO else TOOL_CHOICE
     if params.constraint is not None:
         raise PrecastError(
-            f"Sampling parameters: {params.constraint.kind} and tool_choice cannot be combined; give one of them."
+            f"Sampling parameters: {params.constraint.kind} and {kind} cannot be combined; give one of them."
         )
     if params.ignore_eos:
         raise PrecastError(
-            "Sampling parameters: ignore_eos must be false with tool_choice, because only an end token can follow a"
+            f"Sampling parameters: ignore_eos must be false with {kind}, because only an end token can follow a"
             " complete answer."
         )
-    from ..text.tool_grammar import free_tool_grammar, tool_grammar
-    from .constraint_texts import tool_constraint
-
-    if form.tool_choice == AUTO:
-        return tool_constraint(*free_tool_grammar(parser.form, form.tools, form.strict, tokenizer))
-    return tool_constraint(*tool_grammar(parser.form, form.tools, form.tool_choice, tokenizer))
+    if kind == STRICT:
+        return tool_constraint(*free_tool_grammar(parser.form, form.tools, form.strict, tokenizer), kind)
+    return tool_constraint(*tool_grammar(parser.form, form.tools, form.tool_choice, tokenizer), kind)

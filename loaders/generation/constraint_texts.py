@@ -27,13 +27,17 @@ _MOST_REMAINDERS = 1_000_000
 _MOST_MERGED = 20_000
 
 
+# The kinds of constraints on calls of tools: the answer must contain them, or may contain them.
+TOOL_CHOICE, STRICT = "tool_choice", "strict"
+
+
 class ConstraintText(NamedTuple):
     """The text of a constraint, from which llguidance builds a grammar.
 
     Attributes:
-        kind: the name of the sampling parameter (json_schema, regex, grammar or choice), or tool_choice.
+        kind: the name of the sampling parameter (json_schema, regex, grammar or choice), `TOOL_CHOICE` or `STRICT`.
         value: the schema, regular expression or grammar as a string, or the choices as a tuple of strings.
-        schemas: the schemas of the tools. The grammar of tool_choice refers to them as ``@arguments_0`` and so on.
+        schemas: the schemas of the tools. The grammar of calls refers to them as ``@arguments_0`` and so on.
         reasoning: the Lark rules for the reasoning before the answer; empty without reasoning.
     """
 
@@ -130,12 +134,13 @@ def _checked_choice(value: Any) -> tuple[str, ...]:
 # --- tools --------------------------------------------------------------------------------------------------
 
 
-def tool_constraint(grammar: str, schemas: Sequence[tuple[str, dict[str, Any]]]) -> ConstraintText:
-    """Return the constraint of an answer that consists of tool calls only.
+def tool_constraint(grammar: str, schemas: Sequence[tuple[str, dict[str, Any]]], kind: str) -> ConstraintText:
+    """Return the constraint of an answer that must, or may, contain tool calls.
 
     Args:
         grammar: the grammar of the calls. It refers to the schemas as ``@arguments_0``, ``@arguments_1`` and so on.
         schemas: pairs of a tool's name and the JSON Schema of its arguments.
+        kind: `TOOL_CHOICE` or `STRICT`.
 
     Raises:
         PrecastError: the grammar and the schemas together are too long, or a schema exceeds a limit.
@@ -147,12 +152,17 @@ def tool_constraint(grammar: str, schemas: Sequence[tuple[str, dict[str, Any]]])
     size = len(grammar) + sum(len(schema.text) for schema in texts)
     if size > _LONGEST["tools"]:
         raise PrecastError(
-            f"tools: with tool_choice, names and parameters must have at most {_LONGEST['tools']:,} characters in"
-            f" total, found {size:,}; give fewer tools, or name one tool in tool_choice."
+            f"tools: with {kind}, names and parameters must have at most {_LONGEST['tools']:,} characters in total,"
+            f" found {size:,}; {fewer_tools(kind)}."
         )
     for (where, _), (_, schema) in zip(texts, schemas, strict=True):
         _check_schema(where, schema)
-    return ConstraintText("tool_choice", grammar, tuple(texts))
+    return ConstraintText(kind, grammar, tuple(texts))
+
+
+def fewer_tools(kind: str) -> str:
+    """Return the remedy for tools that are too large together."""
+    return "give fewer tools, or name one tool in tool_choice" if kind == TOOL_CHOICE else "give fewer tools"
 
 
 # --- JSON Schema --------------------------------------------------------------------------------------------

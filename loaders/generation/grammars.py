@@ -18,8 +18,9 @@ import numpy as np
 from ..artifact.errors import PrecastError
 from ..text.tokenizer_library import encode_ids
 from ..text.vocabulary_bytes import SPECIAL, drops_first_space, vocabulary_bytes
-from .constraint_texts import ConstraintText, parts
+from .constraint_texts import STRICT, TOOL_CHOICE, ConstraintText, fewer_tools, parts
 from .constraints import Constraint, compute_mask, first_line
+from .schema_levels import levels
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
 
     from ..text.tokenizer import Tokenizer
 
-# Whitespace between two parts of JSON: a space, or a line feed and an indent. If more were allowed, small models would
-# repeat line feeds.
-_WHITESPACE = r"\x20|\x0A(?:\x20{0,32}|\x09{0,8})"
+# Levels for which JSON may be indented if its schema spells out fewer, and the widest indent of a level.
+_LEAST_LEVELS, _INDENT = 8, 4
 # Regular expressions of tokens whose masks are computed together, inside strings of JSON. llguidance's own list begins
 # with whitespace, which saves no time, but takes 20 ms to prepare.
 _SLICES = tuple(r'[^"\\\x00-\x1F\x7F]' + most for most in ("{1,10}", "{1,30}", "+"))
@@ -270,8 +270,17 @@ def _body(text: ConstraintText) -> dict[str, Any]:
 def _json_body(schema: dict[str, Any]) -> dict[str, Any]:
     options = schema.get("x-guidance", {})
     if not {"whitespace_flexible", "whitespace_pattern"} & options.keys():
-        options = {"whitespace_pattern": _WHITESPACE, **options}
+        options = {"whitespace_pattern": _whitespace(levels(schema)), **options}
     return {"json_schema": {**schema, "x-guidance": options}}
+
+
+def _whitespace(depth: int) -> str:
+    """Return the regular expression of whitespace between two parts of JSON: a space, or a line feed and an indent.
+
+    If more were allowed, small models would repeat line feeds.
+    """
+    most = max(depth, _LEAST_LEVELS)
+    return rf"\x20|\x0A(?:\x20{{0,{_INDENT * most}}}|\x09{{0,{most}}})"
 
 
 def _program(bodies: Mapping[str, dict[str, Any]], opening: str, reasoning: str = "") -> str:
@@ -299,7 +308,7 @@ def _refusal(text: ConstraintText, reason: str, limits: "LLParserLimits") -> Pre
     """Return the error for a constraint that llguidance refuses."""
     if text.kind == "json_schema":
         return _schema_refusal(text.kind, json.loads(str(text.value)), reason, limits)
-    if text.kind == "tool_choice":
+    if text.kind in (TOOL_CHOICE, STRICT):
         return _tool_refusal(text, reason, limits)
     cause = first_line(_cause(reason))
     if text.kind == "regex":
@@ -322,8 +331,8 @@ def _tool_refusal(text: ConstraintText, reason: str, limits: "LLParserLimits") -
         if own := validate(_program({"body": _json_body(schema)}, ""), limits=limits):
             return _schema_refusal(where, schema, own, limits)
     return PrecastError(
-        f"tools: expected parameters that llguidance can enforce together, found: {first_line(reason)}; give fewer"
-        " tools, or name one tool in tool_choice."
+        f"tools: expected parameters that llguidance can enforce together, found: {first_line(reason)};"
+        f" {fewer_tools(text.kind)}."
     )
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .answer_formats import AnswerFormat, CallSyntax
     from .tokenizer import Tokenizer
 
+# Whitespace as the parser of answers sees it. In Rust's syntax, \s lacks four control characters.
+_SPACE = r"[\s\x1c-\x1f]"
 # The choice that requires a call of any tool. Every other choice is the name of the tool to call.
 REQUIRED = "required"
 _MOST_CALLS = 16
@@ -82,7 +84,7 @@ def free_tool_grammar(
     symbol = grammar_symbol(tokenizer, opening)
     if form.name == "llama3":  # calls have no marker; they begin the answer as an object or a list
         start = "TEXT? | call"
-        rules.append(rf"TEXT: /[\s\x1c-\x1f]*[^\s\x1c-\x1f{{\[](.|\n)*/{_without(form.calls)}")
+        rules.append(rf"TEXT: /{_SPACE}*[^\s\x1c-\x1f{{\[](.|\n)*/{_without(form.calls)}")
     elif symbol.startswith("<"):
         start = f"TEXT? ({calls})?"
         rules.append(rf"TEXT: /(.|\n)+/{_without(form.calls)}")
@@ -98,7 +100,7 @@ def free_tool_grammar(
 def _without(syntaxes: "Sequence[CallSyntax]") -> str:
     """Return the intersection that excludes texts with the opening marker of a call."""
     openings = [(syntax.at_start, re.escape(syntax.opening)) for syntax in syntaxes if syntax.opening]
-    places = ((r"\s*" if at_start else r"(.|\n)*", opening) for at_start, opening in openings)
+    places = ((f"{_SPACE}*" if at_start else r"(.|\n)*", opening) for at_start, opening in openings)
     return "".join(rf" & ~/{place}{opening}(.|\n)*/" for place, opening in places)
 
 
@@ -116,7 +118,7 @@ def _rules(form: "AnswerFormat", names: Sequence[str], tokenizer: "Tokenizer") -
         if is_named:
             if NamedJsonBody.NAME.fullmatch(name) is None:
                 raise PrecastError(
-                    f"tool_choice: calls of the family {form.name!r} allow only letters, digits, '_', '-', '.' and ':'"
+                    f"tools: calls of the family {form.name!r} allow only letters, digits, '_', '-', '.' and ':'"
                     f" in a tool's name, found {name!r:.60}; rename the tool."
                 )
             call = f"{json.dumps(name)} {marks['[ARGS]']} @arguments_{n}"
@@ -157,6 +159,6 @@ def _calls(family: str, marks: Mapping[str, str], is_named: bool) -> str:
         opening = marks["[TOOL_CALLS]"]
         return f"({opening} call){{1,{_MOST_CALLS}}}" if is_named else f'{opening} " " {array}'
     raise PrecastError(
-        f"tool_choice: calls of the family {family!r} can be neither required nor strict; leave out tool_choice and"
+        f"tools: calls of the family {family!r} can be neither required nor strict; leave out tool_choice and"
         " strict, or set answer_format to another family."
     )

@@ -425,13 +425,13 @@ def attempt(grammars: Any, case: Case) -> str:
 
 def tool_calls(given: Any) -> Any:
     """Return the constraint of calls of any of the given tools."""
-    from precast.loaders.generation.constraint_texts import tool_constraint
+    from precast.loaders.generation.constraint_texts import TOOL_CHOICE, tool_constraint
     from precast.loaders.text.answer_formats import answer_format
     from precast.loaders.text.tool_grammar import REQUIRED, tool_grammar
     from precast.loaders.text.tools import checked_tools
 
     form = answer_format("", "llama3")
-    return tool_constraint(*tool_grammar(form, checked_tools(given), REQUIRED, byte_tokenizer()))
+    return tool_constraint(*tool_grammar(form, checked_tools(given), REQUIRED, byte_tokenizer()), TOOL_CHOICE)
 
 
 def byte_grammars() -> Any:

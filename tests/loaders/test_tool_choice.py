@@ -171,6 +171,55 @@ def test_strict_tools_need_a_known_form_of_calls(random_model):
         free_answers(random_model([]), None, frozenset({"look"}))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("tools", "given", "family", "text"),
+    [
+        (TOOLS, {"regex": "a"}, "hermes", "Sampling parameters: regex and strict cannot be combined; give"),
+        (TOOLS, {"ignore_eos": True}, "hermes", "Sampling parameters: ignore_eos must be false with strict, because"),
+        (TOOLS, {}, "gemma", "tools: calls of the family 'gemma' can be neither required nor strict; leave out"),
+        (
+            [{"name": "big", "parameters": {"properties": {"a" * 60_000: {}, "b" * 60_000: {}}}}],
+            {},
+            "hermes",
+            "tools: with strict, names and parameters must have at most 100,000 characters in total, found 120,",
+        ),
+        (
+            [{"name": "bad", "parameters": {"properties": {"a": {"if": {}}}}}],
+            {},
+            "hermes",
+            "tools: parameters of 'bad' at #/properties/a: expected a schema that llguidance can enforce, found: Unim",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_about_strict_tools_name_strict(random_model, tools, given, family, text):
+    names = frozenset(str(tool.get("name", "look")) for tool in tools)
+    form = chat_form(tools, None, False, family, "auto", None, names)
+    with pytest.raises(PrecastError) as raised:
+        random_model(MARKERS).stream_chat_answers(MESSAGES, [SamplingParams(**given)], form)
+    assert str(raised.value).startswith(text)
+    assert "with tool_choice" not in str(raised.value)
+    assert "in tool_choice" not in str(raised.value)
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n\t", "\x1c", "\x1d", "\x1e\n", "\x1f"])
+def test_space_before_a_call_does_not_lift_its_schema(random_model, space):
+    """Phi-4's calls may begin an answer without a marker, and the parser skips all of Python's whitespace."""
+    model = random_model([])
+
+    def accepts(text: str) -> bool:
+        (stream,) = free_answers(model, "phi4", frozenset({"look"}))
+        constraint = stream._sequence.sampler._constraint
+        for token in [*model.tokenizer.encode(text, add_special_tokens=False), END]:
+            if not constraint.mask()[token // 32] >> np.uint32(token % 32) & 1:
+                return False
+            if token != END:
+                constraint.accept(token)
+        return True
+
+    assert not accepts(space + 'functools[{"name": "look", "arguments": {"n": "x"}}]')
+    assert accepts(space + "the cat functools[")
+
+
 @pytest.mark.parametrize("markers", [[], MARKERS, [*MARKERS, "[ARGS]"]])
 @pytest.mark.parametrize("family", ["hermes", "llama3", "mistral", "phi4", "granite", "smollm3"])
 def test_every_answer_is_calls_by_the_schemas(random_model, family, markers):
@@ -207,7 +256,7 @@ def test_every_name_is_read_or_refused(random_model, family, markers, name):
         with pytest.raises(PrecastError) as raised:
             model.chat(MESSAGES, tools=tools, answer_format=family, tool_choice="required")
         assert str(raised.value) == (
-            "tool_choice: calls of the family 'mistral' allow only letters, digits, '_', '-', '.' and ':' in a tool's"
+            "tools: calls of the family 'mistral' allow only letters, digits, '_', '-', '.' and ':' in a tool's"
             f" name, found {name!r}; rename the tool."
         )
         return
@@ -235,7 +284,7 @@ def test_a_model_may_reason_before_the_calls(scripted_model, marks, is_open):
     ("options", "text"),
     [
         ({"tools": TOOLS, "tool_choice": "walk"}, "tool_choice: expected 'required', 'auto' or the name of a tool"),
-        ({"tools": TOOLS, "answer_format": "gemma"}, "tool_choice: calls of the family 'gemma' can be neither"),
+        ({"tools": TOOLS, "answer_format": "gemma"}, "tools: calls of the family 'gemma' can be neither"),
         ({"tools": TOOLS, "answer_format": None}, "tool_choice: expected tools, and a chat template that prescribes"),
         ({"tools": None}, "tool_choice: expected tools, and a chat template that prescribes a known form of tool"),
         (

@@ -5,7 +5,7 @@ Importing pydantic and building its validators would delay the first answer of a
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 from ..answers import Ask
 
@@ -46,7 +46,7 @@ def plain_chat(body: bytes) -> ChatAsk | None:
     if len(body) > _MOST or b"\\u" in body:  # pydantic refuses an escaped lone surrogate
         return None
     try:
-        given = json.loads(body.decode())
+        given = json.loads(body.decode(), parse_constant=_refuse)  # even in a key that occurs again
     except (ValueError, RecursionError):
         return None
     if not isinstance(given, dict) or not given.keys() <= _KNOWN:
@@ -61,6 +61,10 @@ def plain_chat(body: bytes) -> ChatAsk | None:
     if has_usage and not (is_streamed and _asks_for_usage(given["stream_options"])):
         return None
     return ChatAsk(_ask(model, messages, given), is_streamed, has_usage)
+
+
+def _refuse(number: str) -> NoReturn:
+    raise ValueError(number)
 
 
 def _is_number(value: object, kind: type, low: float, high: float) -> bool:

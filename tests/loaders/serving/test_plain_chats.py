@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.serving.errors import ApiError
@@ -59,11 +59,30 @@ def same(body: bytes) -> bool:
     return False
 
 
+@settings(deadline=None)  # the first check builds pydantic's validators
 @given(st.dictionaries(_NAMES, _VALUES, max_size=4), st.booleans(), _MESSAGES)
 def test_both_checks_agree(options, has_chat, messages) -> None:
     body = {**CHAT, **options, **({} if has_chat else {"messages": messages})}
     assert same(json.dumps(body).encode())
     assert same(json.dumps(body, ensure_ascii=False).encode(errors="surrogatepass"))
+
+
+@settings(deadline=None)  # the first check builds pydantic's validators
+@given(st.lists(st.tuples(_NAMES, _VALUES), max_size=4))
+def test_both_checks_agree_if_keys_occur_again(options) -> None:
+    parts = [json.dumps({name: value})[1:-1] for name, value in (*CHAT.items(), *options)]
+    assert same(f"{{{', '.join(parts)}}}".encode())
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("name", ["temperature", "seed", "messages", "stream"])
+def test_a_number_that_is_not_finite_is_refused_even_if_its_key_occurs_again(number, name) -> None:
+    value = json.dumps({"stream": True, **CHAT}.get(name, 1))
+    rest = ", ".join(json.dumps({k: v})[1:-1] for k, v in CHAT.items() if k != name)
+    body = f'{{{rest}, "{name}": {number}, "{name}": {value}}}'.encode()
+    assert plain_chat(body) is None
+    with pytest.raises(ApiError):
+        _checked(body)
 
 
 @pytest.mark.parametrize(

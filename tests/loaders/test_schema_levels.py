@@ -1,0 +1,55 @@
+"""The depth of the JSON that a schema describes."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from precast.loaders.generation.schema_levels import levels
+
+INTEGER = {"type": "integer"}
+LIST = {"type": "array", "items": INTEGER}
+PAIR = {"properties": {"a": INTEGER, "b": LIST}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "depth"),
+    [
+        ({}, 0),
+        (INTEGER, 0),
+        ({"enum": [1, "a"]}, 0),
+        ({"type": "object"}, 1),
+        ({"type": ["null", "array"]}, 1),
+        ({"items": True}, 1),
+        (LIST, 1),
+        (PAIR, 2),
+        ({"type": "array", "items": PAIR}, 3),
+        ({"type": "array", "prefixItems": [INTEGER, PAIR]}, 3),
+        ({"type": "object", "additionalProperties": LIST}, 2),
+        ({"type": "object", "patternProperties": {"^a": PAIR}}, 3),
+        ({"anyOf": [INTEGER, PAIR, LIST]}, 2),
+        ({"allOf": [{"oneOf": [LIST]}]}, 1),
+        ({"properties": {"anyOf": LIST, "$ref": INTEGER}}, 2),
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": PAIR}}, 2),
+        ({"properties": {"x": {"$ref": "#/$defs/p"}, "y": {"$ref": "#/$defs/p"}}, "$defs": {"p": PAIR}}, 3),
+        ({"$ref": "#/$defs/missing"}, 0),
+        ({"$ref": "elsewhere"}, 0),
+        ({"type": "array", "items": {"$ref": "#"}}, 2),
+        (
+            {"$ref": "#/$defs/t", "$defs": {"t": {"properties": {"next": {"$ref": "#/$defs/t"}, "a": LIST}}}},
+            2,
+        ),
+    ],
+)
+def test_the_levels_that_a_schema_spells_out(schema: dict[str, Any], depth: int) -> None:
+    assert levels(schema) == depth
+
+
+def test_many_references_take_linear_time_and_little_stack() -> None:
+    """Without a record of the references that were followed, this would take for ever."""
+    names = [f"n{i}" for i in range(3000)]
+    defs = {
+        a: {"properties": {"l": {"$ref": f"#/$defs/{b}"}, "r": {"$ref": f"#/$defs/{b}"}}}
+        for a, b in pairwise(names)
+    }
+    assert levels({"$ref": "#/$defs/n0", "$defs": defs | {names[-1]: LIST}}) > 8
