@@ -380,32 +380,6 @@ def test_whitespace_is_that_of_indented_json(grammars: Grammars, space: str) -> 
     assert (allows(whitespace_flexible=True), allows(whitespace_flexible=False)) == (True, space == "")
 
 
-@pytest.mark.parametrize("depth", [1, 8, 9, 14])
-@pytest.mark.parametrize("indent", [2, 4, "\t"])
-def test_json_may_be_indented_at_every_level_of_its_schema(
-    grammars: Grammars, depth: int, indent: int | str
-) -> None:
-    schema: dict[str, Any] = {"type": "integer"}
-    value: Any = 7
-    for level in range(depth):
-        kind = {"type": "array", "items": schema}, {"type": "object", "properties": {"a": schema}}
-        schema, value = kind[level % 2], [value] if level % 2 == 0 else {"a": value}
-    tokens = vocabulary_bytes(grammars._tokenizer, padded(grammars._tokenizer))
-
-    def accepts(text: str) -> bool:
-        answer = start(grammars, json_schema=schema)
-        spelt = " " * drops_first_space(grammars._tokenizer, tokens) + text
-        ids = [tokens.index(char.encode()) for char in spelt]
-        return all(token in allowed(answer) and not answer.accept(token) for token in ids)
-
-    text = json.dumps(value, indent=indent)
-    assert accepts(text)
-    most = max(depth, 8) * (1 if indent == "\t" else 4)
-    space = "\t" if indent == "\t" else " "
-    assert accepts(text[:1] + "\n" + most * space)
-    assert not accepts(text[:1] + "\n" + (most + 1) * space)
-
-
 def test_a_model_without_an_end_token_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(PrecastError) as refused:
         start(Grammars(tokenizer, padded(tokenizer), []), regex="a")

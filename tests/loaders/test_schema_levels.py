@@ -1,10 +1,14 @@
-"""The depth of the JSON that a schema describes."""
+"""The depth of the JSON that a schema describes, and the indentation that an answer may have for this reason."""
 
+import json
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 
+from precast.loaders.generation.grammars import Grammars
+from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.generation.schema_levels import levels
 
 INTEGER = {"type": "integer"}
@@ -53,3 +57,35 @@ def test_many_references_take_linear_time_and_little_stack() -> None:
         for a, b in pairwise(names)
     }
     assert levels({"$ref": "#/$defs/n0", "$defs": defs | {names[-1]: LIST}}) > 8
+
+
+@pytest.mark.parametrize("depth", [1, 8, 9, 14])
+@pytest.mark.parametrize("indent", [2, 4, "\t"])
+def test_json_may_be_indented_at_every_level_of_its_schema(
+    scripted_model: Any, depth: int, indent: int | str
+) -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = scripted_model("", "").tokenizer
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, [1])
+    schema: dict[str, Any] = INTEGER
+    value: Any = 7
+    for level in range(depth):
+        kinds = {"type": "array", "items": schema}, {"type": "object", "properties": {"a": schema}}
+        schema, value = kinds[level % 2], [value] if level % 2 == 0 else {"a": value}
+
+    def accepts(text: str) -> bool:
+        constraint = SamplingParams(json_schema=schema).constraint
+        assert constraint is not None
+        answer = grammars.start(constraint)
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            if not answer.mask()[token // 32] >> np.uint32(token % 32) & 1:
+                return False
+            answer.accept(token)
+        return True
+
+    text = json.dumps(value, indent=indent)
+    space, width = ("\t", 1) if indent == "\t" else (" ", 4)
+    most = max(depth, 8) * width
+    assert accepts(text)
+    assert accepts(text[:1] + "\n" + most * space)
+    assert not accepts(text[:1] + "\n" + (most + 1) * space)
