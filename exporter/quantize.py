@@ -27,6 +27,7 @@ from precast.loaders.artifact.errors import PrecastError
 from .block_formats import BLOCK_FORMATS, GROUP, PANEL, for_row_blocks
 from .scales import (
     HALF_MAX,
+    INT4_LEVELS,
     INT4_ZERO,
     Quantised,
     quantise_int8,
@@ -70,7 +71,7 @@ class Format(ABC):
     Attributes:
         name: key of the format in `FORMATS`.
         largest: largest magnitude that the format can represent.
-        takes: block formats that `repack` can convert to this format if their numbers fit its range.
+        takes: block formats that `repack` can convert to this format if their integers fit its range.
     """
 
     name: str
@@ -101,7 +102,10 @@ class Format(ABC):
         """Dequantise one layer's arrays into a float32 matrix ``[rows, columns]``."""
 
     def repack(self, blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-        """Convert quantised blocks to this format without changing any value; return None if that is impossible."""
+        """Convert quantised blocks to this format, with the same integers and scales; return None if they do not fit.
+
+        The values stay the same, except that int4 rounds the minima of blocks from q5_0 to float16.
+        """
         return None
 
     def check(self, matrix: np.ndarray, name: str) -> None:
@@ -158,8 +162,7 @@ class _Grouped(Format):
         nibbles: values per byte.
         suffixes: name suffixes of the arrays that store the coefficients.
         quantise: quantises G groups of n weights, ``[n, G]``; returns their values and coefficients.
-        convert: converts blocks in a format of `takes` to values and coefficients without changing a weight; returns
-            None if that is impossible.
+        convert: converts blocks in a format of `takes` to values and coefficients, as `repack` describes.
         zero: value of a weight of zero in a format without minima.
     """
 
@@ -268,17 +271,24 @@ def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
 
 
 def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-    """Return the codes, scales and minima of blocks, or None if a minimum exceeds the range of float16.
+    """Return the codes, scales and minima of blocks; None if codes have over four bits, or a minimum exceeds float16.
 
-    The minimum of a block without one is −8 · scale.
+    The minimum of a block without one is −8 · scale in q4_0. In q5_0, it is the smallest weight. The 5-bit codes of
+    4-bit integers with zero points span at most 16 values in each group, although not the same values.
     """
     scale, *minima = blocks.coefficients
     if minima:
         return blocks.codes, scale, *minima
-    minimum = -np.float32(INT4_ZERO) * scale.astype(np.float32)
-    if np.abs(minimum).max(initial=0) > HALF_MAX:
+    codes, least = blocks.codes, np.zeros(scale.shape, np.uint8)
+    if blocks.format == "q5_0":
+        starts = np.arange(0, codes.shape[1], GROUP)
+        least = np.minimum.reduceat(codes, starts, axis=1)
+        codes = codes - np.repeat(least, GROUP, axis=1)[:, : codes.shape[1]]
+    low = least.astype(np.float32) - np.float32(BLOCK_FORMATS[blocks.format].zero)
+    minimum = low * scale.astype(np.float32)
+    if codes.max(initial=0) > INT4_LEVELS or np.abs(minimum).max(initial=0) > HALF_MAX:
         return None
-    return blocks.codes, scale, minimum.astype(np.float16)
+    return codes, scale, minimum.astype(np.float16)
 
 
 def _as_symmetric(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...]:
@@ -294,7 +304,7 @@ INT4 = _Grouped(
     inputs=4,
     nibbles=2,
     suffixes=(".scale", ".minimum"),
-    takes=("q4_0", "q4_1"),
+    takes=("q4_0", "q4_1", "q5_0"),
     quantise=quantise_with_minimum,
     convert=_as_int4,
 )

@@ -367,7 +367,7 @@ def repack_records(
 def repack(
     name: str, tensor: SourceTensor, stored: Format, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, ...] | None:
-    """Convert a tensor's quantised blocks to a format without changing any value; return None if that is impossible.
+    """Convert a tensor's quantised blocks to a format, as `Format.repack` does; return None if they do not fit.
 
     Raises:
         PrecastError: the tensor has another shape, or contains values that are not finite.

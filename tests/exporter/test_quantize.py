@@ -403,6 +403,38 @@ def test_blocks_that_a_format_cannot_hold_are_left(name, given):
     assert FORMATS[name].repack(given) is None
 
 
+def narrow(span: int, inputs: int) -> QuantisedBlocks:
+    """Return q5_0 blocks in which the codes of each group span `span`, beginning anywhere."""
+    random, groups = np.random.default_rng(6), -(-inputs // GROUP)
+    least = random.integers(0, 32 - span, (20, groups))
+    codes = np.repeat(least, GROUP, axis=1)[:, :inputs] + random.integers(0, span + 1, (20, inputs))
+    codes[:, ::GROUP], codes[:, 1::GROUP] = least, least + span
+    scale = random.uniform(-1, 1, (20, groups)).astype(np.float16)
+    return QuantisedBlocks(format="q5_0", codes=codes.astype(np.uint8), coefficients=(scale,))
+
+
+@pytest.mark.parametrize("inputs", [96, 72])
+def test_four_bits_with_zero_points_keep_integers_and_scales(decode_blocks, inputs):
+    """Only the minimum is rounded, to 11 significant bits."""
+    given = narrow(15, inputs)
+    arrays, expected = INT4.repack(given), decode_blocks(given)
+    found = INT4.decode(arrays, *expected.shape)
+    np.testing.assert_array_equal(np.diff(given.codes.astype(int), axis=1)[:, :31], steps(arrays, inputs))
+    least = given.codes.reshape(20, -1)[:, ::GROUP].astype(np.float64) - 16
+    limit = np.abs(least * given.coefficients[0]) * 2.0**-11
+    assert (np.abs(found - expected) <= np.repeat(limit, GROUP, axis=1)[:, :inputs] + 1e-7).all()
+
+
+def steps(arrays: tuple[np.ndarray, ...], inputs: int) -> np.ndarray:
+    """Return the differences between neighbouring values in the first group."""
+    one, zero = np.ones_like(arrays[1]), np.zeros_like(arrays[2])
+    return np.diff(INT4.decode((arrays[0], one, zero), 20, inputs), axis=1)[:, :31]
+
+
+def test_five_bits_do_not_fit_int4():
+    assert INT4.repack(narrow(16, 96)) is None
+
+
 @pytest.mark.parametrize(
     ("scale", "fits"), [(8188.0, True), (8192.0, False), (-8192.0, False), (2.0**-24, True)]
 )

@@ -122,7 +122,7 @@ def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation |
             case "bitsandbytes":
                 return Quantisation(method=method, layout=method)
         return _integers(method, config)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):  # a pattern that Python cannot compile
         return None
 
 
