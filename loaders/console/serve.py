@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,17 +72,36 @@ def run(artifacts: Sequence[Path | str], *, options: ServeOptions, loading: Load
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     with raise_on_interrupt():  # the server handles Ctrl-C itself
         with fast_start(next(iter(sources.values()))):
+            _import_http()
             from ..serving.loading import early_load
 
             early = early_load(sources, settings, log.message)
             # The model is loaded meanwhile.
             from ..serving.routes import import_chat
-            from ..serving.server import serve
 
             import_chat()
+        from ..serving.server import serve
+
         serve(sources, settings, log, listener, early=early, on_start=announce)
     _end_threads()
     return 0
+
+
+def _import_http() -> None:
+    """Import the packages for HTTP, and open jaxlib's library meanwhile in a thread.
+
+    The system opens one library at a time, and an import that waits for its own library keeps Python's lock. So the
+    modules with libraries are imported first.
+    """
+    from ..background import BackgroundCall
+    from ..runtime.native_libraries import open_jaxlib
+
+    for name in ("asyncio", "concurrent.futures.thread", "pickle", "random"):
+        import_module(name)
+    opening = BackgroundCall(open_jaxlib)
+    for name in ("h11", "uvicorn"):
+        import_module(name)
+    opening.join()
 
 
 def _end_threads() -> None:

@@ -192,7 +192,14 @@ def by_path(routes: tuple[ApiRoute, ...] = ROUTES + PAGE_ROUTES) -> Mapping[str,
 
 def import_chat() -> None:
     """Import the modules of ``/v1/chat/completions``, the most frequent request."""
-    import_module(".openai.chat", __package__)
+    for module in (
+        ".openai.chat",
+        "..generation.async_readers",
+        "..generation.chats",
+        "..text.chat_literal",
+        "..text.chat_template",
+    ):
+        import_module(module, __package__)
 
 
 def import_others() -> None:
