@@ -31,6 +31,7 @@ class SourceTensor:
         read: returns a new float32 array of `shape`, which the caller owns.
         block_format: the format of the result of `blocks`; None if no block format represents the tensor exactly.
         blocks: returns the tensor before dequantisation; None if `block_format` is None.
+        is_linear: True if the shape is ``[out, in]`` even if the architecture's own checkpoints transpose the matrix.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class SourceTensor:
     read: Callable[[], np.ndarray]
     block_format: str | None = None
     blocks: Callable[[], QuantisedBlocks] | None = None
+    is_linear: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,10 @@ def _pair(
 ) -> dict[str, SourceTensor]:
     """Take the weight and the bias of module `old`, and return them under the name of module `new`.
 
-    The weight is transposed to ``[out, in]``. Transposing has no effect on the weight ``[D]`` of a norm.
+    The weight is transposed to ``[out, in]``, unless a quantised checkpoint stores it so. Transposing has no effect on
+    the weight ``[D]`` of a norm.
     """
-    weight, bias = take(left, f"{old}.weight", shape), take(left, f"{old}.bias", shape[-1:])
-    return {f"{new}.weight": transpose(weight), f"{new}.bias": bias}
+    name = f"{old}.weight"
+    is_linear = name in left and left[name].is_linear
+    weight = take(left, name, shape[::-1]) if is_linear else transpose(take(left, name, shape))
+    return {f"{new}.weight": weight, f"{new}.bias": take(left, f"{old}.bias", shape[-1:])}

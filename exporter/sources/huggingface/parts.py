@@ -8,6 +8,9 @@ import numpy as np
 from precast.loaders.artifact.errors import PrecastError
 
 FLOATS = ("F32", "F16", "BF16")
+# Endings of the names of masks and tables in old checkpoints. These tensors may have any type, because no architecture
+# reads their values.
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".self_attn.bias", ".inv_freq", "position_ids")
 REMEDY = "fetch the checkpoint again"
 
 

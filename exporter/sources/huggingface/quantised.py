@@ -18,6 +18,7 @@ the formats' own libraries may compute it in float16 or bfloat16, which rounds i
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -28,12 +29,14 @@ from ...block_formats import FLOAT_GROUP, GROUP
 from ..base import QuantisedBlocks, SourceTensor
 from . import bitsandbytes
 from .affine import Affine, are_halves
-from .parts import FLOATS, REMEDY, Parts, RawTensor
+from .parts import BUFFERS, FLOATS, REMEDY, Parts, RawTensor
 from .quantisation import BITS, Quantisation, Settings
 
 # For each of eight consecutive outputs, the half byte of an int32 that contains it, counted from the lowest bits.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _WORD_BITS = 32
+# The layouts that store every matrix as [out, in]. Their libraries replace GPT-2's modules, which store [in, out].
+_LINEAR_LAYOUTS = ("gptq", "awq", "bitsandbytes")
 # Endings of the names of tensors that only concern activations.
 _ACTIVATIONS = (
     ".input_scale",
@@ -66,7 +69,8 @@ def dequantised(raw: Mapping[str, RawTensor], quantisation: Quantisation) -> dic
         for name in [name for name in left if name.endswith(ending)]:
             if name in left:
                 base = name.removesuffix(ending)
-                found[f"{base}.weight"] = make(Parts(left, base))
+                weight = make(Parts(left, base))
+                found[f"{base}.weight"] = replace(weight, is_linear=quantisation.layout in _LINEAR_LAYOUTS)
     return found | {name: _plain(name, tensor) for name, tensor in left.items()}
 
 
@@ -74,13 +78,15 @@ _NUMBERS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _plain(name: str, tensor: RawTensor) -> SourceTensor:
-    if tensor.dtype not in FLOATS:
+    if tensor.dtype not in FLOATS and not name.endswith(BUFFERS):
         raise PrecastError(
             f"{tensor.where}: expected {name} to be F32, F16 or BF16, or to belong to a quantised weight, found"
             f" {tensor.dtype}; {REMEDY}."
         )
     return SourceTensor(
-        shape=tensor.shape, dtype=_NUMBERS[tensor.dtype], read=lambda: tensor.read().astype(np.float32)
+        shape=tensor.shape,
+        dtype=_NUMBERS.get(tensor.dtype, tensor.dtype),
+        read=lambda: tensor.read().astype(np.float32),
     )
 
 

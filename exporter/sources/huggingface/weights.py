@@ -16,7 +16,7 @@ from precast.loaders.artifact.weights import aligned_zeros
 
 from ..base import SourceTensor
 from ..files import plain_file, read_json, refuse_stand_in
-from .parts import RawTensor
+from .parts import BUFFERS, RawTensor
 from .quantisation import Quantisation
 from .quantised import dequantised
 
@@ -67,9 +67,6 @@ _OTHERS = (
 _FLOAT8 = "F8_E4M3"
 # safetensors' names for the types whose values float32 represents exactly.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Endings of the names of masks and tables in old checkpoints. These tensors may have any type, because no architecture
-# reads their values.
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".self_attn.bias", ".inv_freq", "position_ids")
 
 ORIGINAL = "export the original checkpoint in bfloat16, float16 or float32"
 _INT4 = f"{ORIGINAL}, with --weights int4"
@@ -213,7 +210,7 @@ def _read_header(path: Path) -> dict[str, SourceTensor]:
             read: Callable[[], np.ndarray] = partial(_read_tensor, path, name)
             if dtype not in _DTYPES:
                 read = partial(_refuse_dtype, path, name, dtype, _trace(names, dtype))
-                if not name.endswith(_BUFFERS):
+                if not name.endswith(BUFFERS):
                     read()
             tensors[name] = SourceTensor(
                 shape=tuple(part.get_shape()), dtype=_DTYPES.get(dtype, dtype), read=read
