@@ -33,6 +33,7 @@ _LEAST_LEVELS, _INDENT = 8, 4
 # Regular expressions of tokens whose masks are computed together, inside strings of JSON. llguidance's own list begins
 # with whitespace, which saves no time, but takes 20 ms to prepare.
 _SLICES = tuple(r'[^"\\\x00-\x1F\x7F]' + most for most in ("{1,10}", "{1,30}", "+"))
+_PAUSE_S = 0.005
 _MOST_LEXER_STATES = 50_000  # each state takes up to 2 KB
 _MOST_GRAMMARS = 32
 # Maximum number of grammars that are built at the same time. Building one may take a few hundred megabytes.
@@ -165,8 +166,10 @@ class Grammars:
         tokens = vocabulary_bytes(self._tokenizer, self._vocab_size)
         given = _Tokens(tokens, self._end_ids[0], self._tokenizer.library)
         special = [token for token, data in enumerate(tokens) if data.startswith(SPECIAL)]
-        # Two calls, because each holds Python's lock: for 55 and 75 ms with 49,152 tokens.
+        # Two calls, because each holds Python's lock: for 55 and 75 ms with 49,152 tokens. The pause lets other threads
+        # do more than their next step.
         library = _library().LLTokenizer(given, eos_token=self._end_ids, slices=[])
+        time.sleep(_PAUSE_S)
         return _Vocabulary(
             library=library.with_slices(list(_SLICES)),
             opening='" "' if drops_first_space(self._tokenizer, tokens) else "",

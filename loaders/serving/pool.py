@@ -288,4 +288,5 @@ def _free(models: "list[Model | None]") -> None:
     """Drop the last reference to a model, and collect garbage only if the model remains, in a reference cycle."""
     model = ref(models.pop())
     if model() is not None:
+        gc.unfreeze()  # the model may be among the objects that collections skip
         gc.collect()

@@ -118,6 +118,33 @@ def test_modules_that_the_start_defers(tiny_artifact) -> None:
     assert not FOREIGN & modules
 
 
+FROZEN = """
+import gc, os, signal, sys, threading, time
+from precast import cli
+from precast.loaders.serving import server
+server._REST_S = 0
+counts = [gc.get_freeze_count()]
+def watch():
+    while not (gc.get_freeze_count() and gc.isenabled()):
+        time.sleep(0.01)
+    counts.append("precast.loaders.serving.anthropic.messages" in sys.modules)
+    counts.append(gc.isenabled())
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=watch, daemon=True).start()
+try:
+    cli.main(["serve", "--port", "0", sys.argv[1]])
+finally:
+    print([*counts, gc.get_freeze_count()], flush=True)
+"""
+
+
+def test_garbage_collections_skip_all_that_the_start_has_imported(tiny_artifact) -> None:
+    """A full collection of it would stop the event loop. At the end, the process is as before."""
+    command = [sys.executable, "-c", FROZEN, str(tiny_artifact)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.splitlines()[-1] == "[0, True, True, 0]"
+
+
 def test_the_deferred_modules_exist() -> None:
     assert all(importlib.util.find_spec(f"precast.loaders.serving.{name}") for name in DEFERRED)
 

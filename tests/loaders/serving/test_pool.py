@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import shutil
 import threading
@@ -16,7 +17,7 @@ import pytest
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.serving.errors import ApiError
 from precast.loaders.serving.loading import Loaded, early_load, measure
-from precast.loaders.serving.pool import Pool
+from precast.loaders.serving.pool import Pool, _free
 from precast.loaders.serving.settings import ServeSettings
 from precast.loaders.serving.sources import named_sources
 from precast.loaders.text.tokenizer import Tokenizer
@@ -242,6 +243,22 @@ def test_a_model_that_never_fits(folders) -> None:
 
     run(folders, work, memory=1000)
     assert "--memory allows" in LOG[-1]
+
+
+def test_a_model_in_a_cycle_is_freed_even_if_collections_skip_it() -> None:
+    class Stub:
+        pass
+
+    stub: Any = Stub()
+    stub.itself = stub
+    gone, models = weakref.ref(stub), [stub]
+    del stub
+    gc.freeze()
+    try:
+        _free(models)
+        assert gone() is None
+    finally:
+        gc.unfreeze()
 
 
 def test_an_idle_model_is_unloaded_and_its_memory_freed(folders) -> None:
