@@ -1,7 +1,6 @@
 """The base of all schemas of requests: unknown parameters and values of the wrong type are errors."""
 
 import json
-import re
 from math import isfinite
 from threading import Lock
 from typing import Annotated, Literal, NoReturn, TypeVar
@@ -12,8 +11,9 @@ from .errors import ApiError, invalid
 
 _Schema = TypeVar("_Schema", bound="Schema")
 _Item = TypeVar("_Item")
-# Every number that is not finite, and few others: NaN, Infinity, and numbers that may exceed the largest float.
-_SUSPECT = re.compile(rb"NaN|Infinity|[eE]\+?[0-9]{3}|[0-9]{200}")
+# Numbers that may exceed the largest float, with 0 for each digit and e for E.
+_LARGE = (b"e000", b"e+000", b"0" * 200)
+_SHAPES = bytes.maketrans(b"123456789E", b"000000000e")
 
 _BUILDING = Lock()
 
@@ -63,9 +63,18 @@ def parse(schema: type[_Schema], body: bytes) -> _Schema:
     except ValidationError as error:
         raise invalid(error) from None
     # pydantic accepts such numbers where a schema allows any value.
-    if _SUSPECT.search(body):
+    if is_suspect(body):
         json.loads(body, parse_constant=_refuse, parse_float=_check, parse_int=len)
     return found
+
+
+def is_suspect(body: bytes) -> bool:
+    """Return True if a text of JSON may contain a number that is not finite.
+
+    A regular expression would take 120 ms for 4 MB, and would hold Python's lock.
+    """
+    shapes = body.translate(_SHAPES)
+    return any(name in body for name in (b"NaN", b"Infinity")) or any(large in shapes for large in _LARGE)
 
 
 def _check(number: str) -> None:
