@@ -47,7 +47,8 @@ struct QuantizedRows {
   int16_t* q = nullptr;           // [rows, in_pad]
   float* scale = nullptr;         // [rows]
   int8_t* bytes = nullptr;        // [rows, in_pad]
-  float* group_scale = nullptr;   // [rows, in_pad / kGroup]
+  float* unit = nullptr;          // [rows], of the scales: 1, or a power of 2 if activations are huge
+  float* group_scale = nullptr;   // [rows, in_pad / kGroup], in this unit
   float* sums = nullptr;          // [rows, in_pad / kGroup]: sum of a group's bytes times the group's scale
   PairSums* pair_sums = nullptr;  // [rows, in_pad / kGroup]
   int64_t in_pad = 0;

@@ -37,7 +37,7 @@ LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearC
   if (c.norm == nullptr && !wide && !narrow) return rows;
   const int64_t pad = RoundUp(c.in, kGroup), groups = pad / kGroup;
   const int64_t tasks = (c.rows + kPrepareRows - 1) / kPrepareRows;
-  arena.Reset(c.rows * (c.in * 4 + pad * 3 + (1 + 5 * groups) * 4));
+  arena.Reset(c.rows * (c.in * 4 + pad * 3 + (2 + 5 * groups) * 4));
   // If no product reads the normalised floats, one row for each task suffices.
   float* normed = c.norm == nullptr ? nullptr : arena.Take<float>((floats ? c.rows : tasks) * c.in);
   if (normed != nullptr && floats) rows.x = normed;
@@ -49,6 +49,7 @@ LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearC
   }
   if (narrow) {
     to.bytes = arena.Take<int8_t>(c.rows * pad);
+    to.unit = arena.Take<float>(c.rows);
     to.group_scale = arena.Take<float>(c.rows * groups);
     to.sums = arena.Take<float>(c.rows * groups);
     to.pair_sums = arena.Take<PairSums>(c.rows * groups);
