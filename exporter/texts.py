@@ -10,6 +10,7 @@ from precast.loaders.text.chat_template import ChatTemplate
 from precast.loaders.text.tokenizer import Tokenizer
 
 from .sources.base import Source
+from .tokenizer_form import fast_form
 
 TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 
@@ -119,7 +120,7 @@ def named_files(source: Source) -> dict[str, str]:
 
 def write_texts(folder: Path, source: Source) -> None:
     """Write the tokenizer and the chat templates of `source` into `folder`."""
-    (folder / TOKENIZER_FILE).write_bytes(source.tokenizer_json)
+    (folder / TOKENIZER_FILE).write_bytes(fast_form(source.tokenizer_json))
     texts: Mapping[str, str] = {
         file: source.named_templates[name] for name, file in named_files(source).items()
     }

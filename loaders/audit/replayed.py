@@ -97,7 +97,7 @@ def _record(manifest: Manifest, target: Target) -> Path:
     # The machine includes the instruction set that the kernels chose, and the features that decided the choice.
     machine = this_machine(cuda=target.platform == "cuda")
     # The manifest is not among the files that it lists, so their hashes alone would ignore a change of the manifest.
-    key = (manifest, target, machine, processor_model(), os.environ.get("XLA_FLAGS", ""), _packages())
+    key = (manifest, target.name, machine, processor_model(), os.environ.get("XLA_FLAGS", ""), _packages())
     return trusted_cache(_FOLDER) / hashlib.sha256(repr(key).encode()).hexdigest()
 
 

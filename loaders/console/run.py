@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
 from ..artifact.interrupt import raise_on_interrupt
 from .clock import process_age
+from .collection import no_collection
 from .terminal import escaped, harmless_pieces
 
 if TYPE_CHECKING:
@@ -257,25 +258,17 @@ def fast_start(artifact: Path | str) -> Iterator[None]:
         artifact: a path or a URL. Garbage collection stays on for a URL, because a pull creates garbage and takes
             longer than a collection.
     """
-    collecting, threads = gc.isenabled(), "OPENBLAS_NUM_THREADS"
+    threads = "OPENBLAS_NUM_THREADS"
     limited = threads in os.environ
     # NumPy multiplies no matrices here. More OpenBLAS threads would only spin, and take a tenth of the start-up time.
     os.environ.setdefault(threads, "1")
-    if isinstance(artifact, Path):
-        # A load creates no garbage, and a search for garbage would take a fortieth of the start-up time.
-        gc.disable()
     try:
-        yield
+        # A load creates no garbage, and a search for garbage would take a fortieth of the start-up time.
+        with no_collection() if isinstance(artifact, Path) else nullcontext():
+            yield
     finally:
         if not limited:
             os.environ.pop(threads, None)
-        if not gc.get_freeze_count():
-            # The two calls move all objects to the oldest generation. Otherwise the next collection of young objects
-            # would visit every object that the load has created.
-            gc.freeze()
-            gc.unfreeze()
-        if collecting:
-            gc.enable()
 
 
 def _check(prompt: Prompt) -> None:

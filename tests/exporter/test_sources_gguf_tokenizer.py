@@ -462,11 +462,3 @@ def test_sentencepiece_refusals():
         in refusal(metadata | {"tokenizer.ggml.pre": "llama-bpe"})
     )
     assert "lacks a score for each token" in refusal(metadata | {"tokenizer.ggml.scores": [0.0]})
-
-
-def test_merges_have_the_older_spelling_if_it_is_equivalent() -> None:
-    from precast.exporter.sources.gguf.tokenizer import _spell_merges
-
-    assert _spell_merges([["a", "b"], ["ab", "c"]]) == ["a b", "ab c"]
-    for odd in (["a ", "b"], ["#version", "b"]):
-        assert _spell_merges([["a", "b"], odd]) == [["a", "b"], odd]
