@@ -44,8 +44,10 @@ def open_jaxlib() -> None:
         # A call of a C function gives up the lock, and `ctypes.CDLL` does not.
         open_library = ctypes.CDLL(None).dlopen
         open_library.restype = ctypes.c_void_p
-        for folder in (spec and spec.submodule_search_locations) or ():
-            open_library(os.fsencode(os.path.join(folder, _LIBRARY)), os.RTLD_NOW)
+        # XLA reads the log level once, when it is loaded.
+        with quiet("1"):
+            for folder in (spec and spec.submodule_search_locations) or ():
+                open_library(os.fsencode(os.path.join(folder, _LIBRARY)), os.RTLD_NOW)
 
 
 def quiet(level: str) -> AbstractContextManager[None]:
