@@ -288,5 +288,8 @@ def _free(models: "list[Model | None]") -> None:
     """Drop the last reference to a model, and collect garbage only if the model remains, in a reference cycle."""
     model = ref(models.pop())
     if model() is not None:
+        was_frozen = gc.get_freeze_count() > 0
         gc.unfreeze()  # the model may be among the objects that collections skip
         gc.collect()
+        if was_frozen:
+            gc.freeze()  # or each later full collection would take 29 ms again

@@ -245,7 +245,10 @@ def test_a_model_that_never_fits(folders) -> None:
     assert "--memory allows" in LOG[-1]
 
 
-def test_a_model_in_a_cycle_is_freed_even_if_collections_skip_it() -> None:
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_model_in_a_cycle_is_freed_even_if_collections_skip_it(is_frozen: bool) -> None:
+    """Later collections skip objects if they did so before."""
+
     class Stub:
         pass
 
@@ -253,10 +256,13 @@ def test_a_model_in_a_cycle_is_freed_even_if_collections_skip_it() -> None:
     stub.itself = stub
     gone, models = weakref.ref(stub), [stub]
     del stub
-    gc.freeze()
+    gc.unfreeze()
+    if is_frozen:
+        gc.freeze()
     try:
         _free(models)
         assert gone() is None
+        assert (gc.get_freeze_count() > 0) == is_frozen
     finally:
         gc.unfreeze()
 
