@@ -11,12 +11,15 @@ def fast_form(data: bytes) -> bytes:
     left out. Every start reads the file, so this saves a tenth to a half of the time for the tokenizer.
 
     Args:
-        data: a tokenizer.json that the library can read. It is returned unchanged if its model is not a BPE model, or
-            if the library would read another tokenizer from the new form.
+        data: a tokenizer.json that the library can read. It is returned unchanged if its model is not a BPE model, if
+            tokens share an id, or if the library would read another tokenizer from the new form.
     """
     document = json.loads(data)
     model = document.get("model") or {}
     if model.get("type") != "BPE":
+        return data
+    # The library would choose one of the tokens of an id at random, so the two forms could not be compared.
+    if len(set(model["vocab"].values())) < len(model["vocab"]):
         return data
     # The library first collects the vocabulary in a sorted map, which grows faster in sorted order.
     model["vocab"] = dict(sorted(model["vocab"].items()))
