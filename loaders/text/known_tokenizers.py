@@ -1,4 +1,4 @@
-"""Tokenizers and forms of their vocabularies that outlive a model, so that they are made once.
+"""Tokenizers, and data derived from their vocabularies, kept after a model is unloaded.
 
 With 49,152 tokens, parsing a `tokenizer.json` takes 60 ms, and reading its vocabulary for constraints takes 130 ms.
 Meanwhile, the libraries hold Python's lock, so a server answers no request.
@@ -17,20 +17,25 @@ _Value = TypeVar("_Value")
 # Bytes of the `tokenizer.json` files whose tokenizers are kept. A tokenizer takes 8 times the size of its file, and its
 # vocabulary for constraints takes as much again.
 _MOST_BYTES = 32 << 20
+# Values kept for each vocabulary. Models with one `tokenizer.json` rarely differ in vocabulary size and end tokens.
+_MOST_VALUES = 2
 
 
 class Derived:
-    """Values that are made from a vocabulary, each of them once. Threads may share them."""
+    """The values that were used most recently of those made from a vocabulary. Threads may share them."""
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._values: dict[Hashable, Any] = {}
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
         """Return the value of a key. Make the value if there is none; another thread that needs one waits."""
         with self._lock:
             if key not in self._values:
                 self._values[key] = make()
+            self._values.move_to_end(key)
+            if len(self._values) > _MOST_VALUES:
+                self._values.popitem(last=False)
             return cast(_Value, self._values[key])
 
 

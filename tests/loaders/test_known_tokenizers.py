@@ -139,6 +139,12 @@ def test_threads_make_a_value_once() -> None:
     assert derived.get("other", lambda: 7) == 7
 
 
+def test_the_two_values_that_were_used_last_are_kept() -> None:
+    derived = Derived()
+    made = [derived.get(key, lambda n=n: n) == n for n, key in enumerate("abacabcb")]
+    assert made == [True, True, False, True, False, True, True, False]
+
+
 def test_a_value_that_could_not_be_made_is_made_later() -> None:
     derived = Derived()
     with pytest.raises(ZeroDivisionError):
