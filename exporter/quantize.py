@@ -273,8 +273,9 @@ def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
 def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
     """Return the codes, scales and minima of blocks; None if codes have over four bits, or a minimum exceeds float16.
 
-    The minimum of a block without one is −8 · scale in q4_0. In q5_0, it is the smallest weight. The 5-bit codes of
-    4-bit integers with zero points span at most 16 values in each group, although not the same values.
+    The minimum of a block without one is −8 · scale in q4_0. In q5_0, it is that of the smallest code. The 5-bit codes
+    may stem from 4-bit integers with zero points. In each group, the codes lie in a range of 16 values; the range
+    differs between groups.
     """
     scale, *minima = blocks.coefficients
     if minima:

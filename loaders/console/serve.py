@@ -90,8 +90,8 @@ def run(artifacts: Sequence[Path | str], *, options: ServeOptions, loading: Load
 def _import_http() -> None:
     """Import the packages for HTTP, and open jaxlib's library meanwhile in a thread.
 
-    The system opens one library at a time, and an import that waits for its own library keeps Python's lock. So the
-    modules with libraries are imported first.
+    `dlopen` takes a lock, and an import that waits for it holds Python's lock. So import modules that have libraries of
+    their own before that.
     """
     from ..background import BackgroundCall
     from ..runtime.native_libraries import open_jaxlib

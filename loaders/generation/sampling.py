@@ -73,7 +73,7 @@ class Sampler:
 
     @cached_property
     def _rng(self) -> "np.random.Generator":
-        # Made at its first use, because `numpy.random` is imported at its first use too, in 6 ms.
+        # A lazy attribute, because importing `numpy.random` takes 6 ms.
         return np.random.Generator(np.random.PCG64(self._params.seed))
 
     @property

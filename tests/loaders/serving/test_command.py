@@ -139,7 +139,7 @@ finally:
 
 
 def test_garbage_collections_skip_all_that_the_start_has_imported(tiny_artifact) -> None:
-    """A full collection of it would stop the event loop. At the end, the process is as before."""
+    """A full collection of all modules would stop the event loop. At the end, the process is as before."""
     command = [sys.executable, "-c", FROZEN, str(tiny_artifact)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert found.stdout.splitlines()[-1] == "[0, True, True, 0]"
