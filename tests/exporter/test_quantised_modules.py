@@ -17,7 +17,10 @@ ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_for
 CT = {"quant_method": "compressed-tensors", "format": "mixed-precision"}
 LAYER = "model.layers.0"
 UP = f"{LAYER}.mlp.up_proj"
-EXCLUDED = f"{UP}: quantization_config excludes this module, but its weight is quantised; fetch the checkpoint again."
+EXCLUDED = (
+    f"{UP}: quantization_config excludes this module, but its weight is quantised; export the original checkpoint in"
+    " bfloat16, float16 or float32."
+)
 Stored = Mapping[str, np.ndarray]
 
 
@@ -167,6 +170,45 @@ def test_packed_bits_are_those_of_the_target(checkpoint) -> None:
     }
     found = opened(checkpoint, CT | {"config_groups": groups}, {UP: stored}).tensors[f"{UP}.weight"].read()
     np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+PATTERNS = ("re:.*up.*", "re:.*mlp.*")
+
+
+@pytest.mark.parametrize("order", [PATTERNS, PATTERNS[::-1]])
+@pytest.mark.parametrize(
+    "wrong", [{"num_bits": 8, "group_size": 32}, {"num_bits": 4, "group_size": 64}, {"num_bits": 2}]
+)
+def test_packed_integers_follow_the_matching_target_that_fits(checkpoint, order, wrong) -> None:
+    stored, expected = packed(rng(), 24, 96, 3, 4, symmetric=True)
+    right = {"num_bits": 4, "group_size": 32}
+    groups = {
+        f"group_{n}": scheme([target], type="int", **(wrong if target == PATTERNS[0] else right))
+        for n, target in enumerate(order)
+    }
+    found = opened(checkpoint, CT | {"config_groups": groups}, {UP: stored}).tensors[f"{UP}.weight"].read()
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+def test_blocks_follow_the_matching_target_that_fits(checkpoint) -> None:
+    stored, expected = fp8(rng(), 40, 160, (16, 32), "weight_scale")
+    groups = {
+        "a": scheme(["re:.*up.*"], **FLOAT | {"block_structure": [32, 32]}),
+        "b": scheme(["re:.*mlp.*"], **FLOAT),
+    }
+    found = opened(checkpoint, CT | {"config_groups": groups}, {UP: stored}).tensors[f"{UP}.weight"].read()
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+def test_the_first_matching_target_is_in_the_message_if_none_fits(checkpoint) -> None:
+    groups = {str(bits): scheme(["re:.*up.*"], num_bits=bits, type="int") for bits in (8, 2)}
+    with pytest.raises(PrecastError) as raised:
+        opened(
+            checkpoint, CT | {"config_groups": groups}, {UP: packed(rng(), 24, 96, 3, 4, symmetric=True)[0]}
+        )
+    assert str(raised.value) == (
+        f"{UP}: weight_packed [24, 12] cannot store a weight of shape [24, 96] in 8 bits; fetch the checkpoint again."
+    )
 
 
 @pytest.mark.parametrize(

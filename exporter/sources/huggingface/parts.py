@@ -12,6 +12,8 @@ FLOATS = ("F32", "F16", "BF16")
 # reads their values.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".self_attn.bias", ".inv_freq", "position_ids")
 REMEDY = "fetch the checkpoint again"
+# The remedy for a quantised checkpoint that precast cannot read.
+ORIGINAL = "export the original checkpoint in bfloat16, float16 or float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +75,11 @@ class Parts:
             )
         return tensor
 
-    def fail(self, what: str) -> PrecastError:
+    def fail(self, what: str, remedy: str = REMEDY) -> PrecastError:
         """Return an error about this weight.
 
         Args:
             what: the fault, as "expected …, found …".
+            remedy: the remedy, in the imperative.
         """
-        return PrecastError(f"{self.base}: {what}; {REMEDY}.")
+        return PrecastError(f"{self.base}: {what}; {remedy}.")

@@ -1,14 +1,15 @@
 """Read the config of a quantised checkpoint: the layout of its tensors, and the settings of each module.
 
-The first rule that matches the name of a module determines the module's settings. A config states rules in one of three
-forms:
+A config states rules in one of three forms. For the first two, the first rule that matches the name of a module
+determines the module's settings:
 
 - GPTQ and AWQ: the keys of ``dynamic`` are regular expressions that match the beginning of a name, in order. A key that
   begins with "-:" excludes modules from quantisation. Any other key, with or without "+:", overrides settings.
 - AutoRound: the keys of ``extra_config`` are names, or regular expressions that match any part of a name. Names come
   first. A module with 16 or more bits is not quantised.
 - compressed-tensors: the ``targets`` of each group in ``config_groups`` are names, regular expressions after "re:" that
-  match the beginning of a name, and names of classes, in this order.
+  match the beginning of a name, and names of classes. If several groups match a module, the first that fits the shapes
+  of the module's tensors determines the settings. The order of names, patterns and classes is precast's own.
 
 Sources: GPTQModel (https://github.com/ModelCloud/GPTQModel), AutoRound (https://github.com/intel/auto-round) and
 compressed-tensors (https://github.com/neuralmagic/compressed-tensors).
@@ -87,7 +88,7 @@ class Quantisation:
         layout: "gptq", "awq", "fp8", "compressed-tensors" or "bitsandbytes": the tensors that store a weight.
         zero_offset: the number to add to stored zero points.
         default: the settings of modules that no rule matches.
-        rules: rules about some modules; the first that matches decides.
+        rules: rules about some modules, in the order of their precedence.
     """
 
     method: str
@@ -96,18 +97,26 @@ class Quantisation:
     default: Settings = Settings()
     rules: tuple[Rule, ...] = ()
 
-    def settings_of(self, module: str, *, is_float: bool = False) -> Settings | None:
-        """Return the settings of a module; None if it is not quantised.
+    def settings_of(
+        self, module: str, *, is_float: bool = False, fits: Callable[[Settings], bool] = lambda _: True
+    ) -> Settings | None:
+        """Return the settings of the first matching rule that fits, or else of the first matching rule.
 
         Args:
             module: the module's name.
             is_float: True if the module stores FP8. Rules about the other kind of numbers do not apply.
+            fits: returns True for settings that fit the shapes of the module's tensors.
+
+        Returns:
+            The settings, or the default if no rule matches; None if the module is not quantised.
         """
-        for rule in self.rules:
-            stated = None if rule.settings is None else rule.settings.is_float
-            if stated in (None, is_float) and rule.matches(module):
-                return rule.settings
-        return self.default
+        matching = [
+            rule.settings
+            for rule in self.rules
+            if (rule.settings is None or rule.settings.is_float in (None, is_float)) and rule.matches(module)
+        ]
+        fitting = (settings for settings in matching if settings is None or fits(settings))
+        return next(fitting, matching[0] if matching else self.default)
 
 
 def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation | None:

@@ -29,7 +29,7 @@ from ...block_formats import FLOAT_GROUP, GROUP
 from ..base import QuantisedBlocks, SourceTensor
 from . import bitsandbytes
 from .affine import Affine, are_halves
-from .parts import BUFFERS, FLOATS, REMEDY, Parts, RawTensor
+from .parts import BUFFERS, FLOATS, ORIGINAL, REMEDY, Parts, RawTensor
 from .quantisation import BITS, Quantisation, Settings
 
 # For each of eight consecutive outputs, the half byte of an int32 that contains it, counted from the lowest bits.
@@ -90,15 +90,15 @@ def _plain(name: str, tensor: RawTensor) -> SourceTensor:
     )
 
 
-def _settings(quantisation: Quantisation, parts: Parts, *, is_float: bool = False) -> Settings:
+def _stated(settings: Settings | None, parts: Parts) -> Settings:
     """Return the settings of a module that has a quantised weight.
 
     Raises:
         PrecastError: the config says that the module is not quantised.
     """
-    settings = quantisation.settings_of(parts.base, is_float=is_float)
     if settings is None:
-        raise parts.fail("quantization_config excludes this module, but its weight is quantised")
+        fault = "quantization_config excludes this module, but its weight is quantised"
+        raise parts.fail(fault, ORIGINAL)
     return settings
 
 
@@ -106,7 +106,7 @@ def _gptq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
     words, zeros = parts.take(".qweight", ("I32",)), parts.take(".qzeros", ("I32",))
     scales, index = parts.take(".scales", FLOATS), parts.find(".g_idx", ("I32", "I64"), 1)
     (packed, outs), groups = words.shape, scales.shape[0]
-    settings = _settings(quantisation, parts)
+    settings = _stated(quantisation.settings_of(parts.base), parts)
     bits = settings.bits
     per = _WORD_BITS // bits
     inputs = packed * per
@@ -139,7 +139,7 @@ def _awq(quantisation: Quantisation, parts: Parts) -> SourceTensor:
     words, zeros = parts.take(".qweight", ("I32",)), parts.take(".qzeros", ("I32",))
     scales = parts.take(".scales", FLOATS)
     (inputs, packed), groups = words.shape, scales.shape[0]
-    outs, settings = packed * len(_AWQ_ORDER), _settings(quantisation, parts)
+    outs, settings = packed * len(_AWQ_ORDER), _stated(quantisation.settings_of(parts.base), parts)
     if scales.shape != (groups, outs) or zeros.shape != (groups, packed) or groups == 0:
         raise parts.fail(
             f"expected scales [groups, {outs}] and qzeros [groups, {packed}], found {list(scales.shape)} and"
@@ -171,7 +171,9 @@ def _packed(quantisation: Quantisation, parts: Parts) -> SourceTensor:
         parts.find(".weight_zero_point", ("I32", "I8"), None),
     )
     shape = tuple(int(n) for n in stated.read())
-    settings = _settings(quantisation, parts)
+    groups = scales.shape[1] if len(scales.shape) == 2 else 1
+    fits = partial(_fits_packed, words.shape[1], shape[-1] if shape else 0, groups)
+    settings = _stated(quantisation.settings_of(parts.base, fits=fits), parts)
     has_inputs = len(shape) == 2 and shape[1] > 0
     bits = settings.bits or (_WORD_BITS * words.shape[1] // shape[1] if has_inputs else 0)
     if not has_inputs or bits not in BITS or words.shape != (shape[0], -(-shape[1] * bits // _WORD_BITS)):
@@ -180,7 +182,6 @@ def _packed(quantisation: Quantisation, parts: Parts) -> SourceTensor:
             f" {settings.bits or '1, 2, 4 or 8'} bits"
         )
     outs, inputs = shape
-    groups = scales.shape[1] if len(scales.shape) == 2 else 1
     if scales.shape not in ((outs, groups), (1,), ()) or groups == 0:
         raise parts.fail(f"expected weight_scale [{outs}, groups], found {list(scales.shape)}")
     index = _group_index(parts, inputs)
@@ -213,6 +214,12 @@ def _packed(quantisation: Quantisation, parts: Parts) -> SourceTensor:
     ).source()
 
 
+def _fits_packed(words: int, inputs: int, groups: int, settings: Settings) -> bool:
+    """Return True if the settings fit the numbers of words, inputs and groups in a row of packed integers."""
+    has_bits = settings.bits == 0 or words == -(-inputs * settings.bits // _WORD_BITS)
+    return has_bits and (settings.group == 0 or groups == 1 or groups == -(-inputs // settings.group))
+
+
 def _group_index(parts: Parts, inputs: int) -> Callable[[], np.ndarray] | None:
     """Return the reader of the index of each input's group; None if each group consists of consecutive inputs.
 
@@ -233,11 +240,9 @@ def _scaled(quantisation: Quantisation, ending: str, parts: Parts) -> SourceTens
     scales = parts.take(ending, FLOATS, None)
     zeros = parts.find(".weight_zero_point", ("I8", "F8_E4M3"), None)
     is_float = weight.dtype == "F8_E4M3"
-    block = _settings(quantisation, parts, is_float=is_float).block
-    sizes = [
-        _spread(n, count, block, axis)
-        for axis, (n, count) in enumerate(zip(weight.shape, (1, 1, *scales.shape)[-2:], strict=True))
-    ]
+    sizes_of = partial(_block_sizes, weight.shape, scales.shape)
+    found = quantisation.settings_of(parts.base, is_float=is_float, fits=lambda s: None not in sizes_of(s))
+    sizes = sizes_of(_stated(found, parts))
     # One axis of scales could belong to the outputs or to the inputs.
     is_ambiguous = len(scales.shape) == 1 and scales.shape != (1,)
     if (
@@ -284,6 +289,12 @@ def _scaled(quantisation: Quantisation, ending: str, parts: Parts) -> SourceTens
         block_format=("e4m3" if is_float else "q8_0") if is_exact else None,
         blocks=blocks if is_exact else None,
     )
+
+
+def _block_sizes(shape: tuple[int, ...], scales: tuple[int, ...], settings: Settings) -> list[int | None]:
+    """Return `_spread` of each axis of a matrix, from the shapes of the matrix and its scales."""
+    counts = (1, 1, *scales)[-2:]
+    return [_spread(shape[axis], counts[axis], settings.block, axis) for axis in (0, 1)]
 
 
 def _spread_blocks(

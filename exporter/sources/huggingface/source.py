@@ -11,11 +11,12 @@ from ..base import Source
 from ..end_of_generation import end_tokens_by_text, merge_end_tokens, named_end_tokens
 from ..files import hash_file, plain_file, read_json, slug, spdx
 from ..generation import read_generation, without_generation
+from .parts import ORIGINAL
 from .quantisation import Quantisation, quantisation_of
 from .templates import chat_templates, template_files
 from .tokenizer import first, read_tokenizer, special_tokens, token_ids
 from .tokens import ADDED, CONFIG, TOKENS_MAP
-from .weights import INDEX, ORIGINAL, REMEDIES, SINGLE, find_shards, read_tensors
+from .weights import INDEX, REMEDIES, SINGLE, find_shards, read_tensors
 
 _ADAPTER = "adapter_config.json"
 _MODELOPT = "hf_quant_config.json"

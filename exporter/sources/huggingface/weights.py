@@ -16,7 +16,7 @@ from precast.loaders.artifact.weights import aligned_zeros
 
 from ..base import SourceTensor
 from ..files import plain_file, read_json, refuse_stand_in
-from .parts import BUFFERS, RawTensor
+from .parts import BUFFERS, ORIGINAL, RawTensor
 from .quantisation import Quantisation
 from .quantised import dequantised
 
@@ -68,7 +68,6 @@ _FLOAT8 = "F8_E4M3"
 # safetensors' names for the types whose values float32 represents exactly.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-ORIGINAL = "export the original checkpoint in bfloat16, float16 or float32"
 _INT4 = f"{ORIGINAL}, with --weights int4"
 # Remedies for weights that are already quantised, by `quant_method`.
 REMEDIES: Mapping[str, str] = {
