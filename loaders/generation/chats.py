@@ -89,7 +89,7 @@ def constraint_of(
         form: the form of the chat.
 
     Raises:
-        PrecastError: `tool_choice` requires calls, but cannot be enforced. The cause is one of these: there are no
+        PrecastError: `tool_choice` or `strict` cannot be enforced. The cause is one of these: there are no
             tools; no tool has the chosen name; the model family's calls are not JSON, or cannot contain a tool's name;
             the tools exceed a limit; or the parameters contain a constraint or set ignore_eos.
     """

@@ -27,7 +27,7 @@ _MOST_REMAINDERS = 1_000_000
 _MOST_MERGED = 20_000
 
 
-# The kinds of constraints on calls of tools: the answer must contain them, or may contain them.
+# The kinds of constraints on tool calls. `TOOL_CHOICE`: the answer must contain calls. `STRICT`: it may.
 TOOL_CHOICE, STRICT = "tool_choice", "strict"
 
 

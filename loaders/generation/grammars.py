@@ -166,8 +166,8 @@ class Grammars:
         tokens = vocabulary_bytes(self._tokenizer, self._vocab_size)
         given = _Tokens(tokens, self._end_ids[0], self._tokenizer.library)
         special = [token for token, data in enumerate(tokens) if data.startswith(SPECIAL)]
-        # Two calls, because each holds Python's lock: for 55 and 75 ms with 49,152 tokens. The pause lets other threads
-        # do more than their next step.
+        # Two calls, because each holds Python's lock: for 55 and 75 ms with 49,152 tokens. The pause gives other
+        # threads time to run.
         library = _library().LLTokenizer(given, eos_token=self._end_ids, slices=[])
         time.sleep(_PAUSE_S)
         return _Vocabulary(

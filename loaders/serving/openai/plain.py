@@ -4,6 +4,7 @@ Importing pydantic and building its validators would delay the first answer of a
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeGuard
 
@@ -46,7 +47,8 @@ def plain_chat(body: bytes) -> ChatAsk | None:
     if len(body) > _MOST or b"\\u" in body:  # pydantic refuses an escaped lone surrogate
         return None
     try:
-        given = json.loads(body.decode(), parse_constant=_refuse)  # even in a key that occurs again
+        # A repeated key hides its earlier values, so check while parsing.
+        given = json.loads(body.decode(), parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
         return None
     if not isinstance(given, dict) or not given.keys() <= _KNOWN:
@@ -65,6 +67,10 @@ def plain_chat(body: bytes) -> ChatAsk | None:
 
 def _refuse(number: str) -> NoReturn:
     raise ValueError(number)
+
+
+def _finite(number: str) -> float:
+    return value if math.isfinite(value := float(number)) else _refuse(number)
 
 
 def _is_number(value: object, kind: type, low: float, high: float) -> bool:
