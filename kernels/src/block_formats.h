@@ -58,9 +58,6 @@ struct BlockFormat {
   // True if the codes are numbers in e4m3, which multiply floats.
   constexpr bool HasFloatCodes() const { return scales == Scales::kFloat; }
   constexpr bool HasMinima() const { return scales == Scales::kHalfAndMinimum || scales == Scales::kSuper; }
-  // Codes, or the bytes of a codebook, are multiplied as differences to this: zero, or with minima the middle of 5-bit
-  // codes. So 16-bit sums hold the products of a run (see PackedCodes).
-  constexpr int Centre() const { return HasMinima() && bits == 5 ? 16 : zero; }
   // Sizes in bytes of the sections of a record with this many groups of 32 inputs and panels of 16 outputs.
   constexpr int64_t CoefficientBytes(int64_t groups) const {
     const int64_t supers = (groups + kSuper - 1) / kSuper;

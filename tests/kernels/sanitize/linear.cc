@@ -54,10 +54,11 @@ namespace {
 struct Rows {
   Rows(const Ops& ops, const Floats& x, int64_t rows, int64_t in, Format format)
       : pad((in + kGroup - 1) / kGroup * kGroup), int4(format == Format::kInt4), q(int4 ? 0 : rows * pad, -77),
-        bytes(int4 ? rows * pad : 0, -77), scale(int4 ? 0 : rows), group_scale(int4 ? rows * pad / kGroup : 0),
-        sum(group_scale.size), pair_sums(group_scale.size) {
+        bytes(int4 ? rows * pad : 0, -77), scale(int4 ? 0 : rows), unit(int4 ? rows : 0),
+        group_scale(int4 ? rows * pad / kGroup : 0), sum(group_scale.size), pair_sums(group_scale.size) {
     if (int4)
       view = {.bytes = bytes.get(),
+              .unit = unit.get(),
               .group_scale = group_scale.get(),
               .sums = sum.get(),
               .pair_sums = pair_sums.get(),
@@ -71,11 +72,11 @@ struct Rows {
     }
     for (int64_t i = 0; i < rows * pad; ++i) {
       const int64_t row = i / pad, k = i % pad;
-      const double unit = Scale(row, k);
+      const double step = Scale(row, k);
       if (k >= in)
         Near("quantised padding", Whole(row, k), 0, 0);
       else if (Finite(row))
-        Near("quantised", At(row, k), x[row * in + k], 0.505 * unit + 1e-30);
+        Near("quantised", At(row, k), x[row * in + k], 0.505 * step + 1e-30);
     }
     for (int64_t g = 0; g < sum.size; ++g) {
       double total = 0;
@@ -94,7 +95,9 @@ struct Rows {
       for (int pair = 0; pair < 2; ++pair) Near("sum of pairs", found.sums[part][pair], sums[part][pair], 0);
   }
   double Whole(int64_t row, int64_t k) const { return int4 ? bytes[row * pad + k] : q[row * pad + k]; }
-  double Scale(int64_t row, int64_t k) const { return int4 ? group_scale[(row * pad + k) / kGroup] : scale[row]; }
+  double Scale(int64_t row, int64_t k) const {
+    return int4 ? double{group_scale[(row * pad + k) / kGroup]} * unit[row] : scale[row];
+  }
   double At(int64_t row, int64_t k) const { return Whole(row, k) * Scale(row, k); }
   bool Finite(int64_t row) const { return pad == 0 || !std::isnan(Scale(row, 0)); }
 
@@ -150,12 +153,14 @@ void CheckBlocks(const Ops& ops, const BlockFormat& format, int64_t rows, int64_
   const bool is_narrow = !w.IsWide() && !w.TakesFloats();
   Array<int16_t> q(w.IsWide() ? rows * pad : 0);
   Array<int8_t> quantised(is_narrow ? rows * pad : 0);
-  Floats x = Floats::Normal(rows * in), scale(rows), group_scale(rows * groups), sums(rows * groups);
+  Floats x = Floats::Normal(rows * in), scale(rows), unit(rows), group_scale(rows * groups);
+  Floats sums(rows * groups);
   Floats y(rows * outs), alone(outs);
   Array<PairSums> pair_sums(is_narrow ? rows * groups : 0);
   const QuantizedRows view = {.q = w.IsWide() ? q.get() : nullptr,
                               .scale = scale.get(),
                               .bytes = is_narrow ? quantised.get() : nullptr,
+                              .unit = unit.get(),
                               .group_scale = group_scale.get(),
                               .sums = sums.get(),
                               .pair_sums = is_narrow ? pair_sums.get() : nullptr,
