@@ -105,7 +105,7 @@ struct Rows {
   bool int4;
   Array<int16_t> q;
   Array<int8_t> bytes;
-  Floats scale, group_scale, sum;
+  Floats scale, unit, group_scale, sum;
   Array<PairSums> pair_sums;
   QuantizedRows view;
 };
