@@ -121,21 +121,25 @@ def free_answers(model: Model, family: str, strict: frozenset[str], count: int =
     return model.stream_chat_answers(MESSAGES, [SamplingParams(max_tokens=600)] * count, form)
 
 
+def is_answer(model: Model, family: str, strict: frozenset[str], text: str) -> bool:
+    """Return True if the text may be a whole answer that may call tools."""
+    (stream,) = free_answers(model, family, strict)
+    constraint = stream._sequence.sampler._constraint
+    for token in [*model.tokenizer.encode(text, add_special_tokens=False), END]:
+        if not constraint.mask()[token // 32] >> np.uint32(token % 32) & 1:
+            return False
+        if token != END:
+            constraint.accept(token)
+    return True
+
+
 @pytest.mark.parametrize("markers", [[], MARKERS])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calls_of_strict_tools_follow_their_schemas_in_free_answers(random_model, family, markers):
     model = random_model(markers)
 
     def accepts(text: str, strict: frozenset[str] = frozenset({"look", "say-hi.2"})) -> bool:
-        """Return True if the text may be a whole answer."""
-        (stream,) = free_answers(model, family, strict)
-        constraint = stream._sequence.sampler._constraint
-        for token in [*model.tokenizer.encode(text, add_special_tokens=False), END]:
-            if not constraint.mask()[token // 32] >> np.uint32(token % 32) & 1:
-                return False
-            if token != END:
-                constraint.accept(token)
-        return True
+        return is_answer(model, family, strict, text)
 
     key = "parameters" if family == "llama3" else "arguments"
 
@@ -205,19 +209,11 @@ def test_errors_about_strict_tools_name_strict(random_model, tools, given, famil
 def test_space_before_a_call_does_not_lift_its_schema(random_model, space):
     """Phi-4's calls may begin an answer without a marker, and the parser skips all of Python's whitespace."""
     model = random_model([])
-
-    def accepts(text: str) -> bool:
-        (stream,) = free_answers(model, "phi4", frozenset({"look"}))
-        constraint = stream._sequence.sampler._constraint
-        for token in [*model.tokenizer.encode(text, add_special_tokens=False), END]:
-            if not constraint.mask()[token // 32] >> np.uint32(token % 32) & 1:
-                return False
-            if token != END:
-                constraint.accept(token)
-        return True
-
-    assert not accepts(space + 'functools[{"name": "look", "arguments": {"n": "x"}}]')
-    assert accepts(space + "the cat functools[")
+    strict = frozenset({"look"})
+    assert not is_answer(
+        model, "phi4", strict, space + 'functools[{"name": "look", "arguments": {"n": "x"}}]'
+    )
+    assert is_answer(model, "phi4", strict, space + "the cat functools[")
 
 
 @pytest.mark.parametrize("markers", [[], MARKERS, [*MARKERS, "[ARGS]"]])
