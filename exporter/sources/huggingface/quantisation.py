@@ -199,16 +199,22 @@ def _dynamic(base: Settings, config: Mapping[str, object]) -> Iterator[Rule]:
 def _extra_config(base: Settings, config: Mapping[str, object]) -> Iterator[Rule]:
     """Yield the rules of AutoRound's ``extra_config``: names first, then patterns."""
     stated = _stated_rules(config, "extra_config")
-    for key in sorted(stated, key=lambda key: _PATTERN_CHARACTERS.search(key) is not None):
-        is_pattern = _PATTERN_CHARACTERS.search(key) is not None
-        if is_pattern and not stated[key]:
+    for key in sorted(stated, key=_is_pattern):
+        rule = stated[key]
+        if _is_pattern(key) and not rule:
             continue  # AutoRound ignores a pattern without settings
-        settings: Settings | None = _overridden(base, stated[key]) or Settings()
-        if settings is not None and settings.bits >= _FLOAT_BITS:
+        stated_settings = _overridden(base, rule) or Settings()
+        settings: Settings | None = stated_settings
+        if stated_settings.bits >= _FLOAT_BITS:
             settings = None
-        elif (stated[key].get("data_type") or "int") != "int":
+        elif (rule.get("data_type") or "int") != "int":
             settings = Settings()
-        yield Rule(matches=re.compile(key).search if is_pattern else key.__eq__, settings=settings)
+        yield Rule(matches=re.compile(key).search if _is_pattern(key) else key.__eq__, settings=settings)
+
+
+def _is_pattern(key: str) -> bool:
+    """Return True if a key of ``extra_config`` is a regular expression instead of a name."""
+    return _PATTERN_CHARACTERS.search(key) is not None
 
 
 # --- compressed-tensors -----------------------------------------------------------------------------------------
