@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from .schema_merges import pointed
+
 # Keys whose values describe the elements of an object or an array: one schema, a list of them, or a mapping.
 _INNER = (
     "items",
@@ -127,10 +129,8 @@ def _target(root: Any, reference: object) -> list[Mapping[str, Any]]:
     """Return the part that ``#`` or a JSON pointer such as ``#/$defs/a`` refers to; an empty list if there is none."""
     if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
         return []
-    value = root
-    for key in reference.split("/")[1:]:
-        value = value.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(value, Mapping) else None
-    return [value] if isinstance(value, Mapping) else []
+    part = pointed(root, reference)
+    return [part] if isinstance(part, Mapping) else []
 
 
 def _value_levels(value: Any) -> int:

@@ -92,10 +92,15 @@ class _Sizes:
         # A part with an identifier of its own is the root of the references inside it.
         if self._has_inner_ids or not isinstance(reference, str) or not re.match("#(/|$)", reference):
             return _UNKNOWN
-        found: Any = self._root
-        for name in unquote(reference[1:]).split("/")[1:]:
-            found = _child(found, name.replace("~1", "/").replace("~0", "~"))
-        return found if isinstance(found, dict | bool) else _UNKNOWN
+        return pointed(self._root, reference)
+
+
+def pointed(root: Any, reference: str) -> Any:
+    """Return the schema that ``#`` or a JSON pointer such as ``#/$defs/a`` refers to, or `_UNKNOWN`."""
+    found = root
+    for name in unquote(reference[1:]).split("/")[1:]:
+        found = _child(found, name.replace("~1", "/").replace("~0", "~"))
+    return found if isinstance(found, dict | bool) else _UNKNOWN
 
 
 def _child(value: Any, name: str) -> Any:
