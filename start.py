@@ -9,7 +9,7 @@ def main() -> None:
     # Open closed streams first. Otherwise the handler's pipe would occupy their file descriptors.
     open_closed_streams()
     interrupt.install()
-    from precast.loaders.console.collection import no_collection
+    from precast.loaders.collection import no_collection
 
     # Imports create no garbage, and a search for garbage would take a tenth of their time.
     with no_collection():

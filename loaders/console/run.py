@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
 from ..artifact.interrupt import raise_on_interrupt
+from ..collection import no_collection
 from .clock import process_age
-from .collection import no_collection
 from .terminal import escaped, harmless_pieces
 
 if TYPE_CHECKING:

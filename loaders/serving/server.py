@@ -15,6 +15,7 @@ from threading import current_thread, main_thread
 
 import uvicorn
 
+from ..collection import no_collection
 from .access import is_local
 from .answers import Services
 from .app import make_app
@@ -191,15 +192,10 @@ def _objects_that_stay() -> Iterator[None]:
 
     A full collection of all modules would take 29 ms, in which the event loop stands still.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         yield
         if not gc.get_freeze_count():
             gc.freeze()
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager
